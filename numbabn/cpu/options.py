@@ -1,0 +1,44 @@
+"""How functions are compiled; every option in one place.
+
+``error_model="numpy"`` makes a division by zero give infinity or NaN, as arrays do. No fast-math
+flag is set anywhere: the order of sums is that of the source, and NaN and infinity are kept.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from numba import njit
+
+function = njit(error_model="numpy")
+inline = njit(error_model="numpy", forceinline=True)  # for what is called once per vector
+
+
+@cache
+def _sources() -> tuple[tuple[str, int, int], ...]:
+    """What the modules of this folder looked like when they were imported."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+
+
+def _cached(dispatcher: Any) -> Any:
+    """Have `dispatcher` drop what it cached on disk when any module of this folder has changed.
+
+    Numba compares only the file that a kernel is in, and would go on using old code of the
+    functions that it calls. Where Numba has no such attribute, its own rule stays in force.
+    """
+    file: Any = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+    if file is not None and hasattr(file, "_source_stamp"):
+        file._source_stamp = _sources()
+    return dispatcher
+
+
+def kernel(python_function: Any) -> Any:
+    """Compile for one thread."""
+    return _cached(njit(error_model="numpy", cache=True, nogil=True)(python_function))
+
+
+def parallel_kernel(python_function: Any) -> Any:
+    """Compile for many threads."""
+    options = {"error_model": "numpy", "cache": True, "nogil": True, "parallel": True}
+    return _cached(njit(**options)(python_function))

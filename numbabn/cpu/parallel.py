@@ -1,0 +1,164 @@
+"""The kernels of `serial` with their items shared out over threads.
+
+Each part is one contiguous range, so that a thread stays in its own stretch of memory. Which
+thread does what never changes a result: sums are cut into chunks by `schedule`, not here.
+"""
+
+import numpy as np
+from numba import prange
+
+from numbabn.cpu import serial
+from numbabn.cpu.options import function, parallel_kernel
+
+# fmt: off
+
+
+@parallel_kernel
+def probe(values):
+    """The smallest parallel kernel, to make Numba choose its threading layer."""
+    for i in prange(values.size):
+        values[i] = 0.0
+
+
+@function
+def share(items, parts, part):
+    """Where `part` begins."""
+    return items * np.int64(part) // parts
+
+
+@parallel_kernel
+def stats_planes(x, N, C, L, rows, segment, partials, items, parts):
+    for part in prange(parts):
+        serial.stats_planes(
+            x, N, C, L, rows, segment, partials, share(items, parts, part),
+            share(items, parts, part + 1),
+        )
+
+
+@parallel_kernel
+def stats_columns(x, M, C, L, rows, block, partials, items, parts):
+    for part in prange(parts):
+        serial.stats_columns(
+            x, M, C, L, rows, block, partials, share(items, parts, part),
+            share(items, parts, part + 1),
+        )
+
+
+@parallel_kernel
+def normalize_planes(x, residual, bits, out, C, L, segment, table, floor, streaming, items, parts):
+    for part in prange(parts):
+        serial.normalize_planes(
+            x, residual, bits, out, C, L, segment, table, floor, streaming,
+            share(items, parts, part), share(items, parts, part + 1),
+        )
+
+
+@parallel_kernel
+def normalize_columns(
+    x, residual, bits, out, M, C, L, rows, block, table, floor, streaming, items, parts,
+):
+    for part in prange(parts):
+        serial.normalize_columns(
+            x, residual, bits, out, M, C, L, rows, block, table, floor, streaming,
+            share(items, parts, part), share(items, parts, part + 1),
+        )
+
+
+@parallel_kernel
+def forward_planes(
+    x, residual, bits, out, N, C, L, rows, segment, chunks, weight, bias, running_mean,
+    running_var, momentum, eps, table, floor, streaming, items, parts,
+):
+    for part in prange(parts):
+        serial.forward_planes(
+            x, residual, bits, out, N, C, L, rows, segment, chunks, weight, bias, running_mean,
+            running_var, momentum, eps, table, floor, streaming, share(items, parts, part),
+            share(items, parts, part + 1),
+        )
+
+
+@parallel_kernel
+def forward_columns(
+    x, residual, bits, out, M, C, L, rows, block, chunks, weight, bias, running_mean, running_var,
+    momentum, eps, table, floor, streaming, items, parts,
+):
+    for part in prange(parts):
+        serial.forward_columns(
+            x, residual, bits, out, M, C, L, rows, block, chunks, weight, bias, running_mean,
+            running_var, momentum, eps, table, floor, streaming, share(items, parts, part),
+            share(items, parts, part + 1),
+        )
+
+
+@parallel_kernel
+def backward_sums_planes(
+    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, table, partials, relu,
+    streaming, items, parts,
+):
+    for part in prange(parts):
+        serial.backward_sums_planes(
+            grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, table,
+            partials, relu, streaming, share(items, parts, part), share(items, parts, part + 1),
+        )
+
+
+@parallel_kernel
+def backward_sums_columns(
+    grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, table, partials, relu,
+    streaming, items, parts,
+):
+    for part in prange(parts):
+        serial.backward_sums_columns(
+            grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, table,
+            partials, relu, streaming, share(items, parts, part), share(items, parts, part + 1),
+        )
+
+
+@parallel_kernel
+def backward_elements_planes(
+    grad_output, x, bits, grad_input, grad_residual, C, L, segment, table, slopes, relu, streaming,
+    items, parts,
+):
+    for part in prange(parts):
+        serial.backward_elements_planes(
+            grad_output, x, bits, grad_input, grad_residual, C, L, segment, table, slopes, relu,
+            streaming, share(items, parts, part), share(items, parts, part + 1),
+        )
+
+
+@parallel_kernel
+def backward_elements_columns(
+    grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, table, slopes, relu,
+    streaming, items, parts,
+):
+    for part in prange(parts):
+        serial.backward_elements_columns(
+            grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, table, slopes,
+            relu, streaming, share(items, parts, part), share(items, parts, part + 1),
+        )
+
+
+@parallel_kernel
+def backward_planes(
+    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks, table, sums,
+    slopes, relu, streaming, items, parts,
+):
+    for part in prange(parts):
+        serial.backward_planes(
+            grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks,
+            table, sums, slopes, relu, streaming, share(items, parts, part),
+            share(items, parts, part + 1),
+        )
+
+
+@parallel_kernel
+def backward_columns(
+    grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, chunks, table, sums,
+    slopes, relu, streaming, items, parts,
+):
+    for part in prange(parts):
+        serial.backward_columns(
+            grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, chunks, table,
+            sums, slopes, relu, streaming, share(items, parts, part),
+            share(items, parts, part + 1),
+        )

@@ -1,0 +1,212 @@
+"""Sums over the batch: the statistics of each chunk of each channel.
+
+Both views are cut into chunks by `schedule`, from the shape alone; a chunk of a channel sums to
+one entry of `partials` (see `channels`), whoever computes it. float32 and 16-bit values are
+widened and summed in float64 lanes, relative to the channel's first value, which makes one pass
+enough: squares neither overflow nor cancel. float64 values take a second pass over the chunk,
+about the chunk's own mean, while the chunk is in cache.
+
+`x` is a pointer. Planes: x[(n * C + c) * L + l]. Columns: x[m * K + k], K = C * L, where column k
+belongs to channel k // L.
+"""
+
+import numpy as np
+
+from numbabn.cpu.channels import CENTER, COUNT, M2, SUM
+from numbabn.cpu.memory import load, load_first, load_upto, pointer, scalar, store
+from numbabn.cpu.options import function, inline
+from numbabn.cpu.vector import (
+    LANES,
+    fma,
+    is_double,
+    splat64,
+    splat_like,
+    sum_lanes,
+    widen,
+)
+
+
+@function
+def first_value(x, index):
+    """What a channel is summed relative to: its first value, or 0 if that is not finite."""
+    value = scalar(x, index)
+    return value if np.isfinite(value) else 0.0
+
+
+@function
+def store_moments(partials, row, k, count, center, total, squares):
+    """Store what a chunk summed to, given the sums of d = x - center and of d * d."""
+    m2 = squares - total * total / count
+    partials[row, k, COUNT] = count
+    partials[row, k, CENTER] = center
+    partials[row, k, SUM] = total
+    partials[row, k, M2] = 0.0 if m2 < 0.0 else m2
+
+
+# --- planes ---------------------------------------------------------------------------------
+
+
+@function
+def plane_sums(x, C, L, c, n0, n1, l0, l1, shift):
+    """Sums of ``d = x - shift`` and of ``d * d`` over rows n0:n1, columns l0:l1 of a channel."""
+    center = splat64(shift)
+    fill = splat_like(x, shift)
+    total_a = splat64(0.0)
+    total_b = splat64(0.0)
+    squares_a = splat64(0.0)
+    squares_b = splat64(0.0)
+    for n in range(n0, n1):
+        i = (n * C + c) * L + l0
+        end = i + l1 - l0
+        while i + 2 * LANES <= end:  # two chains of additions, to hide their latency
+            a = widen(load(x, i)) - center
+            b = widen(load(x, i + LANES)) - center
+            total_a = total_a + a
+            total_b = total_b + b
+            squares_a = fma(a, a, squares_a)
+            squares_b = fma(b, b, squares_b)
+            i += 2 * LANES
+        if i + LANES <= end:
+            a = widen(load(x, i)) - center
+            total_a = total_a + a
+            squares_a = fma(a, a, squares_a)
+            i += LANES
+        if i < end:
+            b = widen(load_first(x, i, end - i, fill)) - center
+            total_b = total_b + b
+            squares_b = fma(b, b, squares_b)
+    return sum_lanes(total_a + total_b), sum_lanes(squares_a + squares_b)
+
+
+@function
+def plane_chunk(x, N, C, L, rows, segment, c, k, shift, partials, row):
+    """Statistics of chunk k of channel c, relative to `shift`, into ``partials[row, k]``."""
+    across = (L + segment - 1) // segment
+    n0 = (k // across) * rows
+    n1 = min(N, n0 + rows)
+    l0 = (k % across) * segment
+    l1 = min(L, l0 + segment)
+    count = np.float64((n1 - n0) * (l1 - l0))
+    total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift)
+    if is_double(x) and np.isfinite(total):
+        shift += total / count
+        total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift)
+    store_moments(partials, row, k, count, shift, total, squares)
+
+
+# --- columns --------------------------------------------------------------------------------
+
+
+@function
+def spread(values, L, out):
+    """``out[j] = values[j // L]``; may write up to 15 numbers past the last."""
+    if L == 1:
+        for c in range(values.size):
+            out[c] = values[c]
+    else:
+        target = pointer(out)
+        for c in range(values.size):
+            lanes = splat_like(target, np.float64(values[c]))
+            for j in range(c * L, (c + 1) * L, LANES):
+                store(target, j, lanes)
+
+
+@function
+def fold(sums, c, L):
+    """Sum over the L columns of channel c."""
+    if L == 1:
+        return sums[c]
+    source = pointer(sums)
+    zero = splat64(0.0)
+    total = zero
+    j = c * L
+    end = j + L
+    while j + LANES <= end:
+        total = total + load(source, j)
+        j += LANES
+    if j < end:
+        total = total + load_first(source, j, end - j, zero)
+    return sum_lanes(total)
+
+
+@inline
+def add_row(x, i, j, count, shifts, sums, squares):
+    """Add `count` lanes of one row to the running sums of columns j:j+16."""
+    d = widen(load_upto(x, i, count, splat_like(x, 0.0))) - load(shifts, j)
+    store(sums, j, load(sums, j) + d)
+    store(squares, j, fma(d, d, load(squares, j)))
+
+
+@inline
+def add_eight_rows(x, i, K, j, count, shifts, sums, squares):
+    """Add eight rows, the first at x[i], to the running sums of columns j:j+16."""
+    zero = splat_like(x, 0.0)
+    center = load(shifts, j)
+    d0 = widen(load_upto(x, i, count, zero)) - center
+    d1 = widen(load_upto(x, i + K, count, zero)) - center
+    d2 = widen(load_upto(x, i + 2 * K, count, zero)) - center
+    d3 = widen(load_upto(x, i + 3 * K, count, zero)) - center
+    d4 = widen(load_upto(x, i + 4 * K, count, zero)) - center
+    d5 = widen(load_upto(x, i + 5 * K, count, zero)) - center
+    d6 = widen(load_upto(x, i + 6 * K, count, zero)) - center
+    d7 = widen(load_upto(x, i + 7 * K, count, zero)) - center
+    total = ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))
+    even = fma(d6, d6, fma(d4, d4, fma(d2, d2, d0 * d0)))
+    odd = fma(d7, d7, fma(d5, d5, fma(d3, d3, d1 * d1)))
+    store(sums, j, load(sums, j) + total)
+    store(squares, j, load(squares, j) + (even + odd))
+
+
+@function
+def column_sums(x, K, m0, m1, k0, width, shifts, sums, squares):
+    """Per column of k0:k0+width, sums over rows m0:m1 of ``d = x - shift`` and of ``d * d``.
+
+    Eight rows at a time, so that the running sums, which are in L1, are touched seldom, and the
+    hardware follows eight streams. Lanes beyond `width` hold nothing of meaning.
+    """
+    for j in range(0, width, LANES):
+        store(sums, j, splat64(0.0))
+        store(squares, j, splat64(0.0))
+    whole = width - width % LANES
+    m = m0
+    while m + 8 <= m1:
+        i = m * K + k0
+        for j in range(0, whole, LANES):
+            add_eight_rows(x, i + j, K, j, LANES, shifts, sums, squares)
+        if whole < width:
+            add_eight_rows(x, i + whole, K, whole, width - whole, shifts, sums, squares)
+        m += 8
+    while m < m1:
+        i = m * K + k0
+        for j in range(0, whole, LANES):
+            add_row(x, i + j, j, LANES, shifts, sums, squares)
+        if whole < width:
+            add_row(x, i + whole, whole, width - whole, shifts, sums, squares)
+        m += 1
+
+
+@function
+def column_chunk(x, C, L, k, m0, m1, c0, c1, work, partials, row):
+    """Statistics of rows m0:m1 of channels c0:c1, into ``partials[row + c - c0, k]``.
+
+    `work` is scratch, shape ``(4, columns + 16)``.
+    """
+    K = C * L
+    width = (c1 - c0) * L
+    shifts, sums, squares = work[0], work[1], work[2]
+    to_shifts, to_sums, to_squares = pointer(shifts), pointer(sums), pointer(squares)
+    centers = work[3]
+    count = np.float64((m1 - m0) * L)
+    for c in range(c1 - c0):
+        centers[c] = first_value(x, (c0 + c) * L)
+    spread(centers[: c1 - c0], L, shifts)
+    column_sums(x, K, m0, m1, c0 * L, width, to_shifts, to_sums, to_squares)
+    if is_double(x):
+        for c in range(c1 - c0):
+            middle = centers[c] + fold(sums, c, L) / count
+            centers[c] = middle if np.isfinite(middle) else centers[c]
+        spread(centers[: c1 - c0], L, shifts)
+        column_sums(x, K, m0, m1, c0 * L, width, to_shifts, to_sums, to_squares)
+    for c in range(c1 - c0):
+        total, squared = fold(sums, c, L), fold(squares, c, L)
+        store_moments(partials, row + c, k, count, centers[c], total, squared)

@@ -1,0 +1,225 @@
+"""How work is cut up: the one place where tile sizes, threads and kinds of stores are chosen.
+
+What decides the result's last bit, the chunks that sums are cut into, follows from the shape
+alone. What does not, how many threads share the work, whether a channel is normalized right after
+it was summed, and whether stores bypass the caches, also follows from the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from numbabn.layout import View
+
+Array = NDArray[Any]
+
+# Values of a channel in a chunk. Smaller for float64, whose sums have no precision to spare: the
+# fewer additions in a row, the better; 64 KiB also stays in any L2 between the two passes.
+CHUNK = 1 << 15
+CHUNK_FLOAT64 = 1 << 13
+# Likewise the most rows of columns in a chunk, as long as chunks are not too many.
+CHUNK_ROWS = 256
+# All chunks together make at most about this many entries of 32 bytes.
+MOST_CHUNKS = 1 << 14
+# Columns summed at a time: their running sums and parameters fit L1.
+COLUMNS = 1024
+
+
+class Caches(NamedTuple):
+    """Bytes of one core's L2, and of the largest cache with the number of cores that share it."""
+
+    l2: int
+    last: int
+    last_shared_by: int
+
+
+def _size(text: str) -> int:
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    text = text.strip()
+    return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
+
+
+def _count_cpus(text: str) -> int:
+    """Number of CPUs in a list like ``0-3,8``."""
+    total = 0
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        total += int(last or first) - int(first) + 1
+    return total
+
+
+@cache
+def caches() -> Caches:
+    """The caches of the first CPU, from Linux's sysfs; elsewhere 1 MiB and 8 MiB for 4 cores."""
+    l2, last, shared, deepest = 1 << 20, 8 << 20, 4, 0
+    try:
+        for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+            if (index / "type").read_text().strip() == "Instruction":
+                continue
+            level = int((index / "level").read_text())
+            size = _size((index / "size").read_text())
+            if level == 2:
+                l2 = size
+            if level > deepest:
+                deepest = level
+                last = size
+                shared = _count_cpus((index / "shared_cpu_list").read_text())
+    except (OSError, ValueError):
+        pass
+    return Caches(l2, last, max(1, shared))
+
+
+class Planes(NamedTuple):
+    """Chunks of a planes view: `rows` planes of a channel by `segment` of their values."""
+
+    rows: int
+    segment: int
+    chunks: int
+
+
+class Columns(NamedTuple):
+    """Chunks of a columns view: `rows` rows; `block` channels are worked on together."""
+
+    rows: int
+    block: int
+    chunks: int
+
+
+@cache
+def plane_chunks(N: int, C: int, L: int, double: bool) -> Planes:
+    """Chunks from the shape, and whether x is float64, alone."""
+    most = max(1, MOST_CHUNKS // C)
+    values = max(CHUNK_FLOAT64 if double else CHUNK, -(-N * L // most))
+    if values >= L:
+        rows = min(N, values // L)
+        return Planes(rows, L, -(-N // rows))
+    across = -(-L // values)
+    segment = -(-L // across)
+    segment += -segment % 64  # whole cache lines of any dtype
+    return Planes(1, segment, N * -(-L // segment))
+
+
+@cache
+def column_chunks(M: int, C: int, L: int, double: bool) -> Columns:
+    """Chunks from the shape, and whether x is float64, alone."""
+    block = max(16, COLUMNS // L // 16 * 16)  # × 16: rows of `bits` start on a number
+    block = min(block, C)
+    values = CHUNK_FLOAT64 if double else CHUNK
+    most = max(1, MOST_CHUNKS // C)
+    rows = max(8, min(CHUNK_ROWS, values // (block * L)), -(-M // most))
+    rows = min(M, rows)
+    return Columns(rows, block, -(-M // rows))
+
+
+def row_grid(view: View, block: int, threads: int) -> tuple[int, int]:
+    """Rows of an item of elementwise work over columns, and the number of items.
+
+    An item reads its block's parameters once, so it should be tall; but there should be a few
+    items for each thread.
+    """
+    blocks = -(-view.C // block)
+    downs = min(max(1, -(-4 * threads // blocks)), max(1, view.N // 8))
+    rows = -(-view.N // downs)
+    return rows, blocks * -(-view.N // rows)
+
+
+def channel_by_channel(view: View, itemsize: int, arrays: int, threads: int) -> bool:
+    """Whether to finish each channel, or block of them, before the next is begun.
+
+    `arrays` counts those that are read twice. That way the second look at a channel finds it in
+    cache. It needs enough channels for all threads and, for columns, blocks whose every row is
+    in cache.
+    """
+    if view.columns:
+        block = column_chunks(*view.sizes, itemsize == 8).block
+        blocks = -(-view.C // block)
+        fits = view.N * block * view.L * itemsize * arrays <= caches().l2 // 2
+        return fits and (threads == 1 or blocks >= 4 * threads)
+    return threads == 1 or 4 * threads <= view.C
+
+
+def streams(view: View, nbytes: int, aligned_rows: bool, *written: Array) -> bool:
+    """Whether stores should bypass the caches.
+
+    They should when what is written is too large to be read from cache afterwards; below that
+    they cost up to twice as much. With `aligned_rows`, vectors must not be moved to a boundary of
+    64 bytes, so rows have to begin on one.
+    """
+    if nbytes <= caches().last // 2:
+        return False
+    addresses = [array.__array_interface__["data"][0] % 64 for array in written]
+    if len(set(addresses)) > 1:
+        return False
+    row = view.L * (view.C if view.columns else 1) * written[0].itemsize
+    return not aligned_rows or (addresses[0] == 0 and row % 64 == 0)
+
+
+# --- threads --------------------------------------------------------------------------------
+
+# Values under which a second thread does not pay, per threading layer. An OpenMP or TBB region
+# costs 2 to 3 µs; workqueue's costs 100 µs.
+PARALLEL_FROM = {"omp": 1 << 15, "tbb": 1 << 15, "workqueue": 1 << 19}
+
+
+class _Process:
+    """What this process may do; a forked child must not use its parent's OpenMP threads."""
+
+    def __init__(self) -> None:
+        self.has_run_parallel = False
+        self.serial_only = False
+
+    def forked(self) -> None:
+        self.serial_only = self.has_run_parallel
+
+
+process = _Process()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=process.forked)
+
+# The workqueue layer ends the process when two threads are in parallel kernels at once.
+_one_at_a_time = threading.Lock()
+
+
+@cache
+def _layer() -> str:
+    """The threading layer, which Numba chooses at the first parallel call."""
+    from numbabn.cpu.parallel import probe
+
+    with _one_at_a_time:
+        probe(np.zeros(1))
+    return str(numba.threading_layer())
+
+
+def threads_for(size: int) -> int:
+    """How many threads should share `size` values."""
+    if size < PARALLEL_FROM["omp"] or process.serial_only:
+        return 1
+    threads = int(numba.get_num_threads())
+    if threads == 1:
+        return 1
+    process.has_run_parallel = True
+    return threads if size >= PARALLEL_FROM.get(_layer(), PARALLEL_FROM["omp"]) else 1
+
+
+@contextmanager
+def may_run_parallel() -> Iterator[bool]:
+    """Whether a parallel kernel may be entered now, until the end of the ``with`` block."""
+    if _layer() != "workqueue":
+        yield True
+    elif _one_at_a_time.acquire(blocking=False):
+        try:
+            yield True
+        finally:
+            _one_at_a_time.release()
+    else:
+        yield False
