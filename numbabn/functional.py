@@ -1,0 +1,520 @@
+"""The front door: check the arguments, take the canonical view, call the backend, wrap the result.
+
+`batch_norm` is inference (or training without a backward pass), `batch_norm_forward` and
+`batch_norm_backward` are a training step. `numbabn.stages` has the stages these are made of.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from numbabn import checks, cpu, layout
+from numbabn.layout import View
+
+Array = NDArray[Any]
+
+__all__ = ["Saved", "batch_norm", "batch_norm_backward", "batch_norm_forward"]
+
+_NOTHING: dict[np.dtype[Any], Array] = {
+    np.dtype(t): np.empty(0, t) for t in (np.float32, np.float64)
+}
+_FLOAT32: np.dtype[Any] = np.dtype(np.float32)
+_FLOAT64: np.dtype[Any] = np.dtype(np.float64)
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs of a forward pass, and the mode it was made in.
+
+    Attributes
+    ----------
+    training : bool
+        Whether the statistics were those of the batch.
+    shape : tuple of int
+        Shape of x.
+    channel_axis : int
+        Axis of the channels, counted from the front.
+    mean, invstd : ndarray of float64, shape (C,)
+        The mean and ``1 / sqrt(var + eps)`` that x was normalized with.
+
+    Notes
+    -----
+    It refers to x, not to a copy: x must not change before the backward pass.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> y, saved = batch_norm_forward(np.array([[1.0], [3.0]]), None, None, training=True)
+    >>> saved.training, saved.shape, saved.mean
+    (True, (2, 1), array([2.]))
+    """
+
+    training: bool
+    shape: tuple[int, ...]
+    channel_axis: int
+    dtype: np.dtype[Any]
+    param_dtype: np.dtype[Any]
+    view: View
+    x: Array
+    table: Array
+    bits: Array | None
+    relu: bool
+    has_residual: bool
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """Mean of each channel, shape (C,)."""
+        mean, rest, invstd = self.table[:3]
+        apart = np.zeros_like(mean)
+        np.divide(rest, invstd, out=apart, where=rest != 0)
+        total: Array = mean + apart
+        return total
+
+    @property
+    def invstd(self) -> NDArray[np.float64]:
+        """``1 / sqrt(var + eps)`` of each channel, shape (C,)."""
+        invstd: Array = self.table[2].copy()
+        return invstd
+
+
+class _Channels(NamedTuple):
+    """Arrays of channels in one dtype; of size 0 where not given."""
+
+    weight: Array
+    bias: Array
+    running_mean: Array
+    running_var: Array
+
+
+def dense(x: Array, axis: int) -> tuple[Array, View]:
+    """x, copied if it has gaps, and its view."""
+    view = layout.describe(x.shape, x.strides, x.itemsize, axis)
+    if view is None:
+        x = x.copy(order="K")
+        view = layout.describe(x.shape, x.strides, x.itemsize, axis)
+        if view is None:  # NumPy keeps the order of broadcast axes loosely
+            x = np.ascontiguousarray(x)
+            view = layout.describe(x.shape, x.strides, x.itemsize, axis)
+    assert view is not None
+    return x, view
+
+
+def laid_out(array: Array, view: View) -> Array:
+    """`array`, copied into the memory order of `view` if it lies otherwise."""
+    if layout.lies_like(array, view) and array.flags.aligned:
+        return array
+    copy = layout.empty(view, array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
+def _channels(x: Array, C: int, **given: Any) -> tuple[_Channels, dict[str, Array]]:
+    """Parameters and statistics in the dtype kernels take them in, and the user's own arrays."""
+    own = {
+        name: checks.per_channel(name, value, C)
+        for name, value in given.items()
+        if value is not None
+    }
+    wide = x.dtype == _FLOAT64 or any(array.dtype == _FLOAT64 for array in own.values())
+    dtype = _FLOAT64 if wide else _FLOAT32
+    ready = {}
+    for name in _Channels._fields:
+        array = own.get(name)
+        if array is None:
+            array = _NOTHING[dtype]
+        elif array.dtype != dtype or not array.flags.c_contiguous or not array.flags.writeable:
+            array = np.array(array, dtype)
+        ready[name] = array
+    return _Channels(**ready), own
+
+
+class _Call(NamedTuple):
+    """A checked call of the forward pass."""
+
+    x: Array  # as given, or a dense copy
+    view: View
+    axis: int
+    channels: _Channels
+    own: dict[str, Array]
+    relu: bool
+    residual: Array | None
+    out: Array | None
+    momentum: float
+    eps: float
+
+
+def _check_forward(
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    training: bool,
+    momentum: Any,
+    eps: Any,
+    channel_axis: Any,
+    activation: Any,
+    residual: Any,
+    out: Any,
+    stream: Any,
+    in_place: bool,
+) -> _Call:
+    """Raise whatever is wrong with the arguments, before anything is written."""
+    given = x = checks.input_array("x", x)
+    axis = checks.axis(channel_axis, x.ndim)
+    checks.no_stream(stream)
+    momentum, eps = checks.real("momentum", momentum), checks.not_negative("eps", eps)
+    relu = checks.relu(activation)
+    checks.running(running_mean, running_var, training)
+    C = x.shape[axis]
+    channels, own = _channels(
+        x, C, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+    )
+    if residual is not None:
+        residual = checks.same_kind("residual", residual, x)
+    if training:
+        if running_mean is not None:
+            checks.writable("running_mean", running_mean)
+            checks.no_overlap("running_mean", running_mean, {"running_var": running_var})
+        if running_var is not None:
+            checks.writable("running_var", running_var)
+        checks.several_values(x.size // C if C else 0, x)
+    if x.size == 0:
+        view = View(False, 0, C, 0, None)
+        if out is not None:
+            checks.target("out", out, x, laid_out=True)
+        return _Call(x, view, axis, channels, own, relu, residual, out, momentum, eps)
+    x, view = dense(x, axis)
+    if out is not None:
+        ok = isinstance(out, np.ndarray) and out.shape == x.shape and layout.lies_like(out, view)
+        checks.target("out", out, x, ok)
+        checks.no_overlap("out", out, own)
+        inputs = {"residual": residual, "x": x} if in_place else {"residual": residual}
+        checks.same_or_no_overlap("out", out, inputs)
+        if not in_place:
+            checks.no_overlap("out", out, {"x (which the backward pass needs)": x, "x": given})
+    if residual is not None:
+        residual = laid_out(residual, view)
+    return _Call(x, view, axis, channels, own, relu, residual, out, momentum, eps)
+
+
+def _write_back(call: _Call) -> None:
+    """Copy updated running statistics into the user's arrays, where kernels had a copy."""
+    for name in ("running_mean", "running_var"):
+        own, used = call.own.get(name), getattr(call.channels, name)
+        if own is not None and own is not used:
+            own[...] = used
+
+
+def _forward(call: _Call, training: bool, want_bits: bool) -> tuple[Array, Array, Array | None]:
+    """Run the forward pass: (y, table, bits)."""
+    x, view, channels = call.x, call.view, call.channels
+    y = call.out if call.out is not None else layout.empty(view, x.shape, x.dtype)
+    flat = layout.flatten_input(x, view)
+    residual = None if call.residual is None else layout.flatten_input(call.residual, view)
+    target = layout.flatten(y, view)
+    bits = None
+    if want_bits:
+        row = view.C * view.L if view.columns else view.L
+        bits = np.empty(x.size // row * -(-row // 16), np.uint16)
+    if training:
+        table = cpu.forward_train(
+            flat, residual, bits, target, view, *channels, call.momentum, call.eps, call.relu
+        )
+        _write_back(call)
+    else:
+        weight, bias, running_mean, running_var = channels
+        table = cpu.eval_table(flat, running_mean, running_var, weight, bias, call.eps)
+        cpu.normalize(flat, residual, bits, target, view, table, call.relu)
+    return y, table, bits
+
+
+def batch_norm(
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    channel_axis: int = 1,
+    activation: str | None = None,
+    residual: Any = None,
+    out: Any = None,
+    stream: Any = None,
+) -> Any:
+    """Normalize each channel of `x`.
+
+    Parameters
+    ----------
+    x : array, shape (N, C, ...)
+        float32, float64, float16 or bfloat16 (of ``ml_dtypes``), rank 2 or more, in any memory
+        order; with gaps it is copied once.
+    running_mean, running_var : array of shape (C,), or None
+        With ``training=False`` they are what `x` is normalized with. With ``training=True`` they
+        are updated in place where given.
+    weight, bias : array of shape (C,), or None
+        γ and β; None means 1 and 0.
+    training : bool
+        Normalize with the mean and variance of this batch, or with the running ones.
+    momentum : float
+        Share of this batch in the running statistics.
+    eps : float
+        Added to the variance; at least 0.
+    channel_axis : int
+        Axis of the channels; may be negative.
+    activation : {None, "relu"}
+        Applied last, in the same pass over memory.
+    residual : array of the shape and dtype of x, or None
+        Added before the activation.
+    out : array of the shape, dtype and memory order of x, or None
+        Where to write the result; may be `x` itself.
+    stream
+        For CUDA arrays only.
+
+    Returns
+    -------
+    y : ndarray of the shape, dtype and memory order of x
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit; the message names it, and nothing has been written.
+
+    Notes
+    -----
+    ``y = γ·(x - μ)/sqrt(v + eps) + β``. In training μ and v are the mean and the biased variance
+    of the batch, and ``running ← (1 - momentum)·running + momentum·batch``, where the variance is
+    the unbiased one (Ioffe and Szegedy 2015, arXiv:1502.03167; ``torch.nn.functional.batch_norm``).
+    An empty batch gives an empty result and leaves the running statistics alone.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> mean, var = np.zeros(2), np.ones(2)
+    >>> batch_norm(x, mean, var, training=True, momentum=0.5, eps=0.0)
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    >>> mean, var
+    (array([ 1., 10.]), array([  1.5, 100.5]))
+    """
+    call = _check_forward(
+        x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
+        activation, residual, out, stream, in_place=True,
+    )  # fmt: skip
+    if call.x.size == 0:
+        return call.out if call.out is not None else np.empty_like(call.x)
+    return _forward(call, training, want_bits=False)[0]
+
+
+def batch_norm_forward(
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    channel_axis: int = 1,
+    activation: str | None = None,
+    residual: Any = None,
+    out: Any = None,
+    stream: Any = None,
+) -> tuple[Any, Saved]:
+    """Do what `batch_norm` does, and keep what `batch_norm_backward` needs.
+
+    Parameters
+    ----------
+    x, running_mean, running_var, weight, bias, training, momentum, eps
+        See `batch_norm`.
+    channel_axis, activation, residual, stream
+        See `batch_norm`.
+    out : array of the shape, dtype and memory order of x, or None
+        Where to write the result. It must not share memory with `x`, which the backward pass reads.
+
+    Returns
+    -------
+    y : ndarray of the shape, dtype and memory order of x
+    saved : Saved
+        For `batch_norm_backward`. It refers to `x`, which must not change until then.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit; the message names it, and nothing has been written.
+
+    Notes
+    -----
+    Memory kept: a reference to `x` and 40 bytes per channel. Which elements the ReLU cut off is
+    recomputed from `x`; with a residual as well, one bit per element is kept.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.array([[1.0], [3.0]])
+    >>> y, saved = batch_norm_forward(x, None, None, training=True, eps=0.0)
+    >>> saved.training, saved.mean, saved.invstd
+    (True, array([2.]), array([1.]))
+    """
+    call = _check_forward(
+        x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
+        activation, residual, out, stream, in_place=False,
+    )  # fmt: skip
+    x, has_residual = call.x, call.residual is not None
+    given = call.own.get("weight")
+    param_dtype = given.dtype if given is not None else call.channels.weight.dtype
+    if x.size == 0:
+        y = call.out if call.out is not None else np.empty_like(x)
+        table, bits = np.zeros((cpu.TABLE_ROWS, call.view.C)), None
+        flat = np.empty(0, x.dtype)
+    else:
+        y, table, bits = _forward(call, training, want_bits=call.relu and has_residual)
+        flat = layout.flatten_input(x, call.view)
+    saved = Saved(
+        bool(training), x.shape, call.axis, x.dtype, param_dtype, call.view, flat, table, bits,
+        call.relu, has_residual,
+    )  # fmt: skip
+    return y, saved
+
+
+def _check_gradient(given: Any, saved: Saved) -> tuple[Array, Array]:
+    """`given` as an array, and as a dense one in the memory order of x."""
+    if not isinstance(saved, Saved):
+        raise TypeError(
+            f"saved: expected what batch_norm_forward returned, got {type(saved).__name__}"
+        )
+    grad_output = checks.floating("grad_output", given)
+    if grad_output.shape != saved.shape:
+        raise ValueError(
+            f"grad_output: expected the shape of the saved forward pass, {saved.shape}, "
+            f"got {grad_output.shape}"
+        )
+    if grad_output.dtype != saved.dtype:
+        raise TypeError(
+            f"grad_output: expected the dtype of the saved forward pass, {saved.dtype}, "
+            f"got {grad_output.dtype}"
+        )
+    if grad_output.size and not layout.lies_like(grad_output, saved.view):
+        if layout.is_dense(grad_output):
+            raise ValueError(
+                "grad_output: expected the memory layout of the saved forward pass's x, got "
+                f"strides {grad_output.strides}; copy it into that layout first"
+            )
+        return grad_output, laid_out(grad_output, saved.view)
+    return grad_output, grad_output
+
+
+def batch_norm_backward(
+    grad_output: Any,
+    saved: Saved,
+    *,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+    out: Any = None,
+) -> tuple[Any, ...]:
+    """Carry ``grad_output = dL/dy`` back through `batch_norm_forward`, in the mode it ran in.
+
+    Parameters
+    ----------
+    grad_output : array of the shape, dtype and memory order of x
+        If it has gaps it is copied once.
+    saved : Saved
+        What `batch_norm_forward` returned.
+    needs : tuple of three bools
+        Which of the three gradients are wanted; the others are None, and cost nothing.
+    out : array of the shape, dtype and memory order of x, or None
+        Where to write ``grad_input``; may be `grad_output` itself.
+
+    Returns
+    -------
+    grad_input : ndarray of the shape, dtype and memory order of x, or None
+    grad_weight, grad_bias : ndarray of shape (C,), or None
+        In the dtype of weight if one was given, else float32 (float64 for float64 input).
+    grad_residual : ndarray of the shape, dtype and memory order of x
+        A fourth item, only when the forward pass had a residual. Without an activation it is
+        `grad_output` itself.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit; the message names it, and nothing has been written.
+
+    Notes
+    -----
+    With ``x̂ = (x - μ)·r`` and ``r = 1/sqrt(v + eps)``, both modes have ``dβ = Σ dy`` and
+    ``dγ = Σ dy·x̂``. In eval μ and v are constants, so ``dx = γ·r·dy``. In training they depend on
+    x, so ``dx = γ·r·(dy - mean(dy) - x̂·mean(dy·x̂))`` (Ioffe and Szegedy 2015, section 3).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x, dy = np.array([[1.0], [3.0]]), np.array([[1.0], [0.0]])
+    >>> for training in (True, False):  # statistics of the batch, or equal running ones
+    ...     mean, var = np.array([2.0]), np.array([1.0])
+    ...     y, saved = batch_norm_forward(x, mean, var, training=training, eps=1.0)
+    ...     dx, dweight, dbias = batch_norm_backward(dy, saved)
+    ...     print(dx.ravel().round(3), dweight.round(3), dbias)
+    [ 0.177 -0.177] [-0.707] [1.]
+    [0.707 0.   ] [-0.707] [1.]
+    """
+    given, dense_grad = _check_gradient(grad_output, saved)
+    want_input, want_weight, want_bias = checks.needs(needs)
+    view, table, bits, relu = saved.view, saved.table, saved.bits, saved.relu
+    if out is not None:
+        ok = isinstance(out, np.ndarray) and out.shape == saved.shape
+        ok = ok and (out.size == 0 or layout.lies_like(out, view))
+        checks.target("out", out, given, ok)
+    if given.size == 0:
+        return _no_gradients(given, saved, (want_input, want_weight, want_bias), out)
+    if out is not None:
+        checks.same_or_no_overlap("out", layout.flatten(out, view), {"x": saved.x})
+        checks.same_or_no_overlap("out", out, {"grad_output": dense_grad})
+
+    dy, x = layout.flatten_input(dense_grad, view), saved.x
+    grad_input = grad_residual = dx = dres = sums = None
+    if want_input:
+        grad_input = out if out is not None else layout.empty(view, saved.shape, saved.dtype)
+        dx = layout.flatten(grad_input, view)
+    if saved.has_residual:
+        grad_residual = given
+        if bits is not None:
+            grad_residual = layout.empty(view, saved.shape, saved.dtype)
+            dres = layout.flatten(grad_residual, view)
+    if dx is not None and saved.training:
+        sums = cpu.backward_train(dy, x, bits, dx, dres, view, table, relu)
+    elif dx is not None and not (want_weight or want_bias or relu):
+        # dx = dy * scale: x is not even read
+        plain = cpu.known_table(dy, np.zeros(view.C), table[3], np.empty(0), np.empty(0))
+        cpu.normalize(dy, None, None, dx, view, plain, relu=False)
+    elif dx is None and dres is None and not want_weight and not relu:
+        if want_bias:  # the sum of dy alone: x is not even read
+            mean, _ = cpu.stats(dy, view)
+            sums = np.stack([mean * view.per_channel, mean])
+    elif dx is not None or dres is not None or want_weight or want_bias:
+        sums = cpu.backward_eval(dy, x, bits, dx, dres, view, table, relu)
+
+    grad_weight = grad_bias = None
+    if sums is not None:
+        with np.errstate(over="ignore"):  # a sum beyond the range of a half type is infinite
+            grad_bias = sums[0].astype(saved.param_dtype) if want_bias else None
+            grad_weight = sums[1].astype(saved.param_dtype) if want_weight else None
+    grads = (grad_input, grad_weight, grad_bias)
+    return (*grads, grad_residual) if saved.has_residual else grads
+
+
+def _no_gradients(
+    grad_output: Array, saved: Saved, needs: tuple[bool, bool, bool], out: Array | None
+) -> tuple[Any, ...]:
+    """The gradients of an empty batch: an empty one for x, zeros for weight and bias."""
+    grad_input = None
+    if needs[0]:
+        grad_input = out if out is not None else np.empty_like(grad_output)
+    zeros = [np.zeros(saved.view.C, saved.param_dtype) if need else None for need in needs[1:]]
+    grads = (grad_input, *zeros)
+    return (*grads, np.empty_like(grad_output)) if saved.has_residual else grads
