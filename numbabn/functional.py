@@ -11,7 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from numbabn import checks, cpu, layout
+from numbabn import checks, layout
+from numbabn.backends import cpu
+from numbabn.calls import (
+    Call,
+    check_forward,
+    known,
+    laid_out,
+    lies_apart,
+    quick_forward,
+)
 from numbabn.layout import View
 
 Array = NDArray[Any]
@@ -21,8 +30,6 @@ __all__ = ["Saved", "batch_norm", "batch_norm_backward", "batch_norm_forward"]
 _NOTHING: dict[np.dtype[Any], Array] = {
     np.dtype(t): np.empty(0, t) for t in (np.float32, np.float64)
 }
-_FLOAT32: np.dtype[Any] = np.dtype(np.float32)
-_FLOAT64: np.dtype[Any] = np.dtype(np.float64)
 
 
 class Saved(NamedTuple):
@@ -79,128 +86,7 @@ class Saved(NamedTuple):
         return invstd
 
 
-class _Channels(NamedTuple):
-    """Arrays of channels in one dtype; of size 0 where not given."""
-
-    weight: Array
-    bias: Array
-    running_mean: Array
-    running_var: Array
-
-
-def dense(x: Array, axis: int) -> tuple[Array, View]:
-    """x, copied if it has gaps, and its view."""
-    view = layout.describe(x.shape, x.strides, x.itemsize, axis)
-    if view is None:
-        x = x.copy(order="K")
-        view = layout.describe(x.shape, x.strides, x.itemsize, axis)
-        if view is None:  # NumPy keeps the order of broadcast axes loosely
-            x = np.ascontiguousarray(x)
-            view = layout.describe(x.shape, x.strides, x.itemsize, axis)
-    assert view is not None
-    return x, view
-
-
-def laid_out(array: Array, view: View) -> Array:
-    """`array`, copied into the memory order of `view` if it lies otherwise."""
-    if layout.lies_like(array, view) and array.flags.aligned:
-        return array
-    copy = layout.empty(view, array.shape, array.dtype)
-    copy[...] = array
-    return copy
-
-
-def _channels(x: Array, C: int, **given: Any) -> tuple[_Channels, dict[str, Array]]:
-    """Parameters and statistics in the dtype kernels take them in, and the user's own arrays."""
-    own = {
-        name: checks.per_channel(name, value, C)
-        for name, value in given.items()
-        if value is not None
-    }
-    wide = x.dtype == _FLOAT64 or any(array.dtype == _FLOAT64 for array in own.values())
-    dtype = _FLOAT64 if wide else _FLOAT32
-    ready = {}
-    for name in _Channels._fields:
-        array = own.get(name)
-        if array is None:
-            array = _NOTHING[dtype]
-        elif array.dtype != dtype or not array.flags.c_contiguous or not array.flags.writeable:
-            array = np.array(array, dtype)
-        ready[name] = array
-    return _Channels(**ready), own
-
-
-class _Call(NamedTuple):
-    """A checked call of the forward pass."""
-
-    x: Array  # as given, or a dense copy
-    view: View
-    axis: int
-    channels: _Channels
-    own: dict[str, Array]
-    relu: bool
-    residual: Array | None
-    out: Array | None
-    momentum: float
-    eps: float
-
-
-def _check_forward(
-    x: Any,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any,
-    bias: Any,
-    training: bool,
-    momentum: Any,
-    eps: Any,
-    channel_axis: Any,
-    activation: Any,
-    residual: Any,
-    out: Any,
-    stream: Any,
-    in_place: bool,
-) -> _Call:
-    """Raise whatever is wrong with the arguments, before anything is written."""
-    given = x = checks.input_array("x", x)
-    axis = checks.axis(channel_axis, x.ndim)
-    checks.no_stream(stream)
-    momentum, eps = checks.real("momentum", momentum), checks.not_negative("eps", eps)
-    relu = checks.relu(activation)
-    checks.running(running_mean, running_var, training)
-    C = x.shape[axis]
-    channels, own = _channels(
-        x, C, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
-    )
-    if residual is not None:
-        residual = checks.same_kind("residual", residual, x)
-    if training:
-        if running_mean is not None:
-            checks.writable("running_mean", running_mean)
-            checks.no_overlap("running_mean", running_mean, {"running_var": running_var})
-        if running_var is not None:
-            checks.writable("running_var", running_var)
-        checks.several_values(x.size // C if C else 0, x)
-    if x.size == 0:
-        view = View(False, 0, C, 0, None)
-        if out is not None:
-            checks.target("out", out, x, laid_out=True)
-        return _Call(x, view, axis, channels, own, relu, residual, out, momentum, eps)
-    x, view = dense(x, axis)
-    if out is not None:
-        ok = isinstance(out, np.ndarray) and out.shape == x.shape and layout.lies_like(out, view)
-        checks.target("out", out, x, ok)
-        checks.no_overlap("out", out, own)
-        inputs = {"residual": residual, "x": x} if in_place else {"residual": residual}
-        checks.same_or_no_overlap("out", out, inputs)
-        if not in_place:
-            checks.no_overlap("out", out, {"x (which the backward pass needs)": x, "x": given})
-    if residual is not None:
-        residual = laid_out(residual, view)
-    return _Call(x, view, axis, channels, own, relu, residual, out, momentum, eps)
-
-
-def _write_back(call: _Call) -> None:
+def _write_back(call: Call) -> None:
     """Copy updated running statistics into the user's arrays, where kernels had a copy."""
     for name in ("running_mean", "running_var"):
         own, used = call.own.get(name), getattr(call.channels, name)
@@ -208,27 +94,23 @@ def _write_back(call: _Call) -> None:
             own[...] = used
 
 
-def _forward(call: _Call, training: bool, want_bits: bool) -> tuple[Array, Array, Array | None]:
-    """Run the forward pass: (y, table, bits)."""
-    x, view, channels = call.x, call.view, call.channels
-    y = call.out if call.out is not None else layout.empty(view, x.shape, x.dtype)
-    flat = layout.flatten_input(x, view)
-    residual = None if call.residual is None else layout.flatten_input(call.residual, view)
-    target = layout.flatten(y, view)
+def _forward(
+    x: Array, view: View, channels: tuple[Any, ...], training: bool, momentum: float, eps: float,
+    relu: bool, residual: Array | None, out: Array | None, want_bits: bool,
+) -> tuple[Array, Array, Array, Array | None]:  # fmt: skip
+    """Run the forward pass: (y, x's memory, table, bits)."""
+    y = out if out is not None else layout.empty(view, x.shape, x.dtype)
+    flat, target = layout.flatten_input(x, view), layout.flatten(y, view)
+    added = None if residual is None else layout.flatten_input(residual, view)
     bits = None
     if want_bits:
         row = view.C * view.L if view.columns else view.L
         bits = np.empty(x.size // row * -(-row // 16), np.uint16)
     if training:
-        table = cpu.forward_train(
-            flat, residual, bits, target, view, *channels, call.momentum, call.eps, call.relu
-        )
-        _write_back(call)
+        table = cpu().forward_train(flat, added, bits, target, view, *channels, momentum, eps, relu)
     else:
-        weight, bias, running_mean, running_var = channels
-        table = cpu.eval_table(flat, running_mean, running_var, weight, bias, call.eps)
-        cpu.normalize(flat, residual, bits, target, view, table, call.relu)
-    return y, table, bits
+        table = cpu().forward_eval(flat, added, bits, target, view, *channels, eps, relu)
+    return y, flat, table, bits
 
 
 def batch_norm(
@@ -303,13 +185,49 @@ def batch_norm(
     >>> mean, var
     (array([ 1., 10.]), array([  1.5, 100.5]))
     """
-    call = _check_forward(
+    if residual is None and stream is None and (activation is None or activation == "relu"):
+        found = quick_forward(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis, out,
+            True,
+        )  # fmt: skip
+        if found is not None:
+            none = found.nothing
+            weight = none if weight is None else weight
+            bias = none if bias is None else bias
+            if not training and out is None and found.small_eval is not None:
+                y = np.empty(x.shape, x.dtype)
+                floor = -np.inf if activation is None else 0.0
+                found.small_eval(
+                    x.reshape(-1),
+                    y.reshape(-1),
+                    weight,
+                    bias,
+                    running_mean,
+                    running_var,
+                    eps,
+                    floor,
+                )
+                return y
+            running_mean = none if running_mean is None else running_mean
+            running_var = none if running_var is None else running_var
+            channels = (weight, bias, running_mean, running_var)
+            relu = activation is not None
+            return _forward(
+                x, found.view, channels, training, momentum, eps, relu, None, out, False
+            )[0]  # fmt: skip
+    call = check_forward(
         x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
         activation, residual, out, stream, in_place=True,
     )  # fmt: skip
     if call.x.size == 0:
         return call.out if call.out is not None else np.empty_like(call.x)
-    return _forward(call, training, want_bits=False)[0]
+    y = _forward(
+        call.x, call.view, call.channels, training, call.momentum, call.eps, call.relu,
+        call.residual, call.out, False,
+    )[0]  # fmt: skip
+    if training:
+        _write_back(call)
+    return y
 
 
 def batch_norm_forward(
@@ -363,7 +281,27 @@ def batch_norm_forward(
     >>> saved.training, saved.mean, saved.invstd
     (True, array([2.]), array([1.]))
     """
-    call = _check_forward(
+    if residual is None and stream is None and (activation is None or activation == "relu"):
+        found = quick_forward(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis, out,
+            False,
+        )  # fmt: skip
+        if found is not None:
+            none, relu = found.nothing, activation is not None
+            channels = (
+                none if weight is None else weight,
+                none if bias is None else bias,
+                none if running_mean is None else running_mean,
+                none if running_var is None else running_var,
+            )
+            y, flat, table, _ = _forward(
+                x, found.view, channels, training, momentum, eps, relu, None, out, False
+            )
+            return y, Saved(
+                bool(training), x.shape, found.axis, x.dtype, none.dtype, found.view, flat, table,
+                None, relu, False,
+            )  # fmt: skip
+    call = check_forward(
         x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
         activation, residual, out, stream, in_place=False,
     )  # fmt: skip
@@ -372,11 +310,15 @@ def batch_norm_forward(
     param_dtype = given.dtype if given is not None else call.channels.weight.dtype
     if x.size == 0:
         y = call.out if call.out is not None else np.empty_like(x)
-        table, bits = np.zeros((cpu.TABLE_ROWS, call.view.C)), None
+        table, bits = np.zeros((5, call.view.C)), None
         flat = np.empty(0, x.dtype)
     else:
-        y, table, bits = _forward(call, training, want_bits=call.relu and has_residual)
-        flat = layout.flatten_input(x, call.view)
+        y, flat, table, bits = _forward(
+            x, call.view, call.channels, training, call.momentum, call.eps, call.relu,
+            call.residual, call.out, call.relu and has_residual,
+        )  # fmt: skip
+        if training:
+            _write_back(call)
     saved = Saved(
         bool(training), x.shape, call.axis, x.dtype, param_dtype, call.view, flat, table, bits,
         call.relu, has_residual,
@@ -463,19 +405,43 @@ def batch_norm_backward(
     [ 0.177 -0.177] [-0.707] [1.]
     [0.707 0.   ] [-0.707] [1.]
     """
+    wanted = checks.needs(needs)
+    if not (
+        isinstance(saved, Saved)
+        and type(grad_output) is np.ndarray
+        and grad_output.shape == saved.shape
+        and grad_output.dtype is saved.dtype
+        and (found := known(grad_output, saved.channel_axis)) is not None
+        and found.view == saved.view
+        and (out is None or lies_apart(out, grad_output, (saved.x,), out is grad_output))
+    ):
+        return _backward_checked(grad_output, saved, wanted, out)
+    return _backward(grad_output, grad_output, saved, wanted, out)
+
+
+def _backward_checked(
+    grad_output: Any, saved: Saved, needs: tuple[bool, bool, bool], out: Any
+) -> tuple[Any, ...]:
+    """The backward pass for arguments that may need conversion, or be wrong."""
     given, dense_grad = _check_gradient(grad_output, saved)
-    want_input, want_weight, want_bias = checks.needs(needs)
-    view, table, bits, relu = saved.view, saved.table, saved.bits, saved.relu
     if out is not None:
         ok = isinstance(out, np.ndarray) and out.shape == saved.shape
-        ok = ok and (out.size == 0 or layout.lies_like(out, view))
+        ok = ok and (out.size == 0 or layout.lies_like(out, saved.view))
         checks.target("out", out, given, ok)
     if given.size == 0:
-        return _no_gradients(given, saved, (want_input, want_weight, want_bias), out)
+        return _no_gradients(given, saved, needs, out)
     if out is not None:
-        checks.same_or_no_overlap("out", layout.flatten(out, view), {"x": saved.x})
+        checks.same_or_no_overlap("out", layout.flatten(out, saved.view), {"x": saved.x})
         checks.same_or_no_overlap("out", out, {"grad_output": dense_grad})
+    return _backward(given, dense_grad, saved, needs, out)
 
+
+def _backward(
+    given: Array, dense_grad: Array, saved: Saved, needs: tuple[bool, bool, bool],
+    out: Array | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    want_input, want_weight, want_bias = needs
+    view, table, bits, relu = saved.view, saved.table, saved.bits, saved.relu
     dy, x = layout.flatten_input(dense_grad, view), saved.x
     grad_input = grad_residual = dx = dres = sums = None
     if want_input:
@@ -487,25 +453,34 @@ def batch_norm_backward(
             grad_residual = layout.empty(view, saved.shape, saved.dtype)
             dres = layout.flatten(grad_residual, view)
     if dx is not None and saved.training:
-        sums = cpu.backward_train(dy, x, bits, dx, dres, view, table, relu)
+        sums = cpu().backward_train(dy, x, bits, dx, dres, view, table, relu)
     elif dx is not None and not (want_weight or want_bias or relu):
         # dx = dy * scale: x is not even read
-        plain = cpu.known_table(dy, np.zeros(view.C), table[3], np.empty(0), np.empty(0))
-        cpu.normalize(dy, None, None, dx, view, plain, relu=False)
+        plain = cpu().known_table(dy, np.zeros(view.C), table[3], np.empty(0), np.empty(0))
+        cpu().normalize(dy, None, None, dx, view, plain, relu=False)
     elif dx is None and dres is None and not want_weight and not relu:
         if want_bias:  # the sum of dy alone: x is not even read
-            mean, _ = cpu.stats(dy, view)
+            mean, _ = cpu().stats(dy, view)
             sums = np.stack([mean * view.per_channel, mean])
     elif dx is not None or dres is not None or want_weight or want_bias:
-        sums = cpu.backward_eval(dy, x, bits, dx, dres, view, table, relu)
+        sums = cpu().backward_eval(dy, x, bits, dx, dres, view, table, relu)
 
     grad_weight = grad_bias = None
     if sums is not None:
-        with np.errstate(over="ignore"):  # a sum beyond the range of a half type is infinite
-            grad_bias = sums[0].astype(saved.param_dtype) if want_bias else None
-            grad_weight = sums[1].astype(saved.param_dtype) if want_weight else None
+        if saved.param_dtype != np.float64:  # in one go, and infinite where it overflows
+            sums = _narrow(sums, saved.param_dtype)
+        grad_bias = sums[0] if want_bias else None
+        grad_weight = sums[1] if want_weight else None
     grads = (grad_input, grad_weight, grad_bias)
     return (*grads, grad_residual) if saved.has_residual else grads
+
+
+def _narrow(sums: Array, dtype: np.dtype[Any]) -> Array:
+    """`sums` in the dtype of weight; beyond its range they are infinite."""
+    if dtype.itemsize == 4 and np.abs(sums).max() < 3e38:
+        return sums.astype(dtype)
+    with np.errstate(over="ignore"):
+        return sums.astype(dtype)
 
 
 def _no_gradients(

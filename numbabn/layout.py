@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from numbabn import pool
+
 Array = NDArray[Any]
 
 # Planes shorter than this are taken as columns (measured, see docs/architecture.md).
@@ -73,7 +75,7 @@ def flatten(array: Array, view: View) -> Array:
     if view.order is not None:
         array = array.transpose(view.order)
     flat = array.reshape(-1)
-    if flat.dtype.itemsize == 2:
+    if flat.itemsize == 2:
         flat = flat.view(np.int16 if flat.dtype == np.float16 else np.uint16)
     return flat
 
@@ -91,16 +93,19 @@ class _Alias:
 def flatten_input(array: Array, view: View) -> Array:
     """`flatten`, for an array that is only read."""
     flat = flatten(array, view)
-    return flat if flat.flags.writeable else np.asarray(_Alias(flat))
+    if flat.flags.writeable:
+        return flat
+    alias: Array = np.asarray(_Alias(flat))
+    return alias
 
 
 def empty(view: View, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """A new array of this shape that lies in memory as `view` does."""
     if view.order is None:
-        return np.empty(shape, dtype)
-    inverse = np.argsort(view.order)
-    array: Array = np.empty([shape[axis] for axis in view.order], dtype).transpose(inverse)
-    return array
+        return pool.empty(shape, dtype)
+    array: Array = pool.empty(tuple(shape[axis] for axis in view.order), dtype)
+    moved: Array = array.transpose(tuple(view.order.index(axis) for axis in range(len(shape))))
+    return moved
 
 
 def lies_like(array: Array, view: View) -> bool:

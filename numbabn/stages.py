@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from numbabn import checks, cpu, layout
-from numbabn.functional import dense, laid_out
+from numbabn import checks, layout
+from numbabn.backends import cpu
+from numbabn.calls import dense, laid_out
 from numbabn.stats import Stats
 
 Array = NDArray[Any]
@@ -68,7 +69,7 @@ def batch_norm_stats(x: Any, *, channel_axis: int = 1) -> Stats:
     if x.size == 0:
         return Stats(0, np.zeros(C), np.zeros(C))
     x, view = dense(x, axis)
-    return Stats(view.per_channel, *cpu.stats(layout.flatten_input(x, view), view))
+    return Stats(view.per_channel, *cpu().stats(layout.flatten_input(x, view), view))
 
 
 def normalize(
@@ -137,8 +138,8 @@ def normalize(
     if residual is not None:
         added = layout.flatten_input(laid_out(residual, view), view)
     y = out if out is not None else layout.empty(view, x.shape, x.dtype)
-    table = cpu.known_table(flat, np.zeros(C), np.ones(C), factor, term)
-    cpu.normalize(flat, added, None, layout.flatten(y, view), view, table, relu)
+    table = cpu().known_table(flat, np.zeros(C), np.ones(C), factor, term)
+    cpu().normalize(flat, added, None, layout.flatten(y, view), view, table, relu)
     return y
 
 
@@ -189,8 +190,8 @@ def batch_norm_backward_reduce(
     x, view = dense(x, axis)
     flat = layout.flatten_input(x, view)
     dy = layout.flatten_input(laid_out(grad_output, view), view)
-    table = cpu.known_table(flat, mean, np.ones(C), np.empty(0), np.empty(0))
-    sums = cpu.backward_eval(dy, flat, None, None, None, view, table, relu=False)
+    table = cpu().known_table(flat, mean, np.ones(C), np.empty(0), np.empty(0))
+    sums = cpu().backward_eval(dy, flat, None, None, None, view, table, relu=False)
     return sums[0], sums[1]
 
 
@@ -271,9 +272,9 @@ def batch_norm_backward_elemt(
         checks.target("out", out, x, ok)
         checks.same_or_no_overlap("out", out, {"grad_output": grad_output, "x": x})
     flat, dy = layout.flatten_input(x, view), layout.flatten_input(grad_output, view)
-    table = cpu.known_table(flat, mean, invstd, gamma, np.empty(0))
-    slopes = cpu.slopes_from_sums(flat, count, total, product, table)
+    table = cpu().known_table(flat, mean, invstd, gamma, np.empty(0))
+    slopes = cpu().slopes_from_sums(flat, count, total, product, table)
     grad_input = out if out is not None else layout.empty(view, x.shape, x.dtype)
     dx = layout.flatten(grad_input, view)
-    cpu.backward_elements(dy, flat, None, dx, None, view, table, slopes, relu=False)
+    cpu().backward_elements(dy, flat, None, dx, None, view, table, slopes, relu=False)
     return grad_input

@@ -14,6 +14,7 @@ from numba.core.dispatcher import Dispatcher
 
 with event.install_recorder("numba:compile") as recorder:
     import numbabn
+    import numbabn.cpu  # the kernels, which only the first call needs
 dispatchers = [o for o in gc.get_objects() if isinstance(o, Dispatcher)]
 ours = [d for d in dispatchers if d.py_func.__module__.startswith("numbabn")]
 print(len(recorder.buffer), [d.py_func.__name__ for d in ours if d.signatures], bool(ours))

@@ -7,38 +7,21 @@ up as `schedule` says, and runs it on as many threads as pay.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from numbabn.cpu import parallel, schedule, serial
+from numbabn.cpu import schedule, serial
+from numbabn.cpu.channels import SLOPE_ROWS as SLOPE_ROWS
+from numbabn.cpu.channels import TABLE_ROWS as TABLE_ROWS
 from numbabn.layout import View
 
 Array = NDArray[Any]
 
-TABLE_ROWS = 5
-SLOPE_ROWS = 3
-
-
-def _run(name: str, items: int, threads: int, *args: Any) -> None:
-    """Run kernel `name` over its items."""
-    parts = min(threads, items)
-    if parts > 1:
-        with schedule.may_run_parallel() as allowed:
-            if allowed:
-                getattr(parallel, name)(*args, items, parts)
-                return
-    getattr(serial, name)(*args, 0, items)
-
-
-def eval_table(
-    x: Array, running_mean: Array, running_var: Array, weight: Array, bias: Array, eps: float
-) -> Array:
-    """The table for normalizing with given statistics."""
-    table = np.empty((TABLE_ROWS, running_mean.size))
-    serial.finish_eval(x, running_mean, running_var, weight, bias, eps, table)
-    return table
+# Stands for channels that are not given, in the type that goes with float32 and with float64 x.
+NOTHING = {False: np.empty(0, np.float32), True: np.empty(0, np.float64)}
 
 
 def known_table(x: Array, mean: Array, invstd: Array, weight: Array, bias: Array) -> Array:
@@ -48,45 +31,73 @@ def known_table(x: Array, mean: Array, invstd: Array, weight: Array, bias: Array
     return table
 
 
+def forward_eval(
+    x: Array, residual: Array | None, bits: Array | None, out: Array, view: View, weight: Array,
+    bias: Array, running_mean: Array, running_var: Array, eps: float, relu: bool,
+) -> Array:  # fmt: skip
+    """Normalize with the running statistics; returns the table."""
+    table = np.empty((TABLE_ROWS, view.C))
+    channels = (weight, bias, running_mean, running_var, eps, table)
+    _normalize(x, residual, bits, out, view, channels, relu)
+    return table
+
+
+_NO_TABLE = np.empty((0, 0))
+
+
+def small_eval(view: View, itemsize: int) -> Callable[..., Any] | None:
+    """`forward_eval` of arrays so small that calling is what costs, with nothing left to choose.
+
+    Takes x, out, weight, bias, running_mean, running_var, eps and floor; returns no table.
+    """
+    size = view.N * view.C * view.L
+    if size >= schedule.PARALLEL_FROM["omp"]:
+        return None
+    plan = schedule.plan(view, itemsize, 1)
+    sizes, items = plan.element_sizes, plan.element_items
+    kernel = getattr(serial, "normalize_" + plan.name)
+
+    def call(x, out, weight, bias, running_mean, running_var, eps, floor):
+        kernel(
+            x, None, None, out, *sizes, weight, bias, running_mean, running_var, eps, _NO_TABLE,
+            floor, False, 0, items,
+        )  # fmt: skip
+
+    return call
+
+
 def normalize(
     x: Array, residual: Array | None, bits: Array | None, out: Array, view: View, table: Array,
     relu: bool,
 ) -> None:  # fmt: skip
     """``out = relu((x - mean) * scale + shift + residual)``, with the table's numbers."""
-    floor = 0.0 if relu else -np.inf
+    nothing = NOTHING[x.dtype == np.float64]
+    channels = (nothing, nothing, nothing, nothing, 0.0, table)
+    _normalize(x, residual, bits, out, view, channels, relu)
+
+
+def _normalize(
+    x: Array, residual: Array | None, bits: Array | None, out: Array, view: View,
+    channels: tuple[Any, ...], relu: bool,
+) -> None:  # fmt: skip
     threads = schedule.threads_for(x.size)
+    plan = schedule.plan(view, x.itemsize, threads)
+    floor = 0.0 if relu else -np.inf
     streaming = schedule.streams(view, x.nbytes, bits is not None, out)
-    sizes: tuple[int, ...]
-    if view.columns:
-        block = schedule.column_chunks(*view.sizes, x.itemsize == 8).block
-        rows, items = schedule.row_grid(view, block, threads)
-        sizes = (view.N, view.C, view.L, rows, block)
-        _run(
-            "normalize_columns", items, threads, x, residual, bits, out, *sizes, table, floor,
-            streaming,
-        )  # fmt: skip
-    else:
-        segment = schedule.plane_chunks(*view.sizes, x.itemsize == 8).segment
-        items = view.N * view.C * -(-view.L // segment)
-        _run(
-            "normalize_planes", items, threads, x, residual, bits, out, view.C, view.L, segment,
-            table, floor, streaming,
-        )  # fmt: skip
+    schedule.run(
+        "normalize_" + plan.name, threads, plan.element_items, x, residual, bits, out,
+        *plan.element_sizes, *channels, floor, streaming,
+    )  # fmt: skip
 
 
 def batch_stats(x: Array, view: View) -> Array:
     """Sums of all chunks, shape ``(C, chunks, 4)``."""
     threads = schedule.threads_for(x.size)
-    if view.columns:
-        cut = schedule.column_chunks(*view.sizes, x.itemsize == 8)
-        partials = np.empty((view.C, cut.chunks, 4))
-        items = cut.chunks * -(-view.C // cut.block)
-        _run("stats_columns", items, threads, x, *view.sizes, cut.rows, cut.block, partials)
-    else:
-        tiles = schedule.plane_chunks(*view.sizes, x.itemsize == 8)
-        partials = np.empty((view.C, tiles.chunks, 4))
-        items = view.C * tiles.chunks
-        _run("stats_planes", items, threads, x, *view.sizes, tiles.rows, tiles.segment, partials)
+    plan = schedule.plan(view, x.itemsize, threads)
+    partials = np.empty((view.C, plan.chunks, 4))
+    schedule.run(
+        "stats_" + plan.name, threads, plan.chunk_items, x, *plan.chunk_sizes, partials
+    )  # fmt: skip
     return partials
 
 
@@ -106,22 +117,17 @@ def forward_train(
     table = np.empty((TABLE_ROWS, view.C))
     channels = (weight, bias, running_mean, running_var, momentum, eps, table)
     threads = schedule.threads_for(x.size)
-    if not schedule.channel_by_channel(view, x.itemsize, 1, threads):
+    plan = schedule.plan(view, x.itemsize, threads)
+    if not plan.forward_by_channel:
         serial.finish_stats(x, batch_stats(x, view), *channels)
         normalize(x, residual, bits, out, view, table, relu)
         return table
     floor = 0.0 if relu else -np.inf
     streaming = schedule.streams(view, x.nbytes, bits is not None, out)
-    sizes: tuple[int, ...]
-    if view.columns:
-        cut = schedule.column_chunks(*view.sizes, x.itemsize == 8)
-        name, items = "forward_columns", -(-view.C // cut.block)
-        sizes = (*view.sizes, *cut)
-    else:
-        tiles = schedule.plane_chunks(*view.sizes, x.itemsize == 8)
-        name, items = "forward_planes", view.C
-        sizes = (*view.sizes, *tiles)
-    _run(name, items, threads, x, residual, bits, out, *sizes, *channels, floor, streaming)
+    schedule.run(
+        "forward_" + plan.name, threads, plan.channel_items, x, residual, bits, out,
+        *plan.channel_sizes, *channels, floor, streaming,
+    )  # fmt: skip
     return table
 
 
@@ -129,22 +135,15 @@ def _backward_partials(
     grad_output: Array, x: Array, bits: Array | None, grad_input: Array | None,
     grad_residual: Array | None, view: View, table: Array, relu: bool,
 ) -> Array:  # fmt: skip
-    arrays = (grad_output, x, bits, grad_input, grad_residual)
     threads = schedule.threads_for(x.size)
+    plan = schedule.plan(view, x.itemsize, threads)
+    partials = np.empty((view.C, plan.chunks, 3))
     written = [array for array in (grad_input, grad_residual) if array is not None]
     streaming = bool(written) and schedule.streams(view, x.nbytes, True, *written)
-    sizes: tuple[int, ...]
-    if view.columns:
-        cut = schedule.column_chunks(*view.sizes, x.itemsize == 8)
-        partials = np.empty((view.C, cut.chunks, 3))
-        name, items = "backward_sums_columns", cut.chunks * -(-view.C // cut.block)
-        sizes = (*view.sizes, cut.rows, cut.block)
-    else:
-        tiles = schedule.plane_chunks(*view.sizes, x.itemsize == 8)
-        partials = np.empty((view.C, tiles.chunks, 3))
-        name, items = "backward_sums_planes", view.C * tiles.chunks
-        sizes = (*view.sizes, tiles.rows, tiles.segment)
-    _run(name, items, threads, *arrays, *sizes, table, partials, relu, streaming)
+    schedule.run(
+        "backward_sums_" + plan.name, threads, plan.chunk_items, grad_output, x, bits, grad_input,
+        grad_residual, *plan.chunk_sizes, table, partials, relu, streaming,
+    )  # fmt: skip
     return partials
 
 
@@ -156,9 +155,8 @@ def backward_eval(
 
     Without `grad_input` it serves training too, where only the sums are wanted.
     """
-    partials = _backward_partials(
-        grad_output, x, bits, grad_input, grad_residual, view, table, relu
-    )
+    arrays = (grad_output, x, bits, grad_input, grad_residual)
+    partials = _backward_partials(*arrays, view, table, relu)
     sums, slopes = np.empty((2, view.C)), np.empty((SLOPE_ROWS, view.C))
     serial.finish_sums(x, partials, table, sums, slopes)
     return sums
@@ -169,22 +167,14 @@ def backward_elements(
     grad_residual: Array | None, view: View, table: Array, slopes: Array, relu: bool,
 ) -> None:  # fmt: skip
     """Training's input gradient, from sums that are known already."""
-    arrays = (grad_output, x, bits, grad_input, grad_residual)
     threads = schedule.threads_for(x.size)
+    plan = schedule.plan(view, x.itemsize, threads)
     written = (grad_input,) if grad_residual is None else (grad_input, grad_residual)
     streaming = schedule.streams(view, x.nbytes, bits is not None, *written)
-    sizes: tuple[int, ...]
-    if view.columns:
-        block = schedule.column_chunks(*view.sizes, x.itemsize == 8).block
-        rows, items = schedule.row_grid(view, block, threads)
-        sizes = (*view.sizes, rows, block)
-        name = "backward_elements_columns"
-    else:
-        segment = schedule.plane_chunks(*view.sizes, x.itemsize == 8).segment
-        items = view.N * view.C * -(-view.L // segment)
-        sizes = (view.C, view.L, segment)
-        name = "backward_elements_planes"
-    _run(name, items, threads, *arrays, *sizes, table, slopes, relu, streaming)
+    schedule.run(
+        "backward_elements_" + plan.name, threads, plan.element_items, grad_output, x, bits,
+        grad_input, grad_residual, *plan.element_sizes, table, slopes, relu, streaming,
+    )  # fmt: skip
 
 
 def backward_train(
@@ -195,23 +185,18 @@ def backward_train(
     arrays = (grad_output, x, bits, grad_input, grad_residual)
     sums, slopes = np.empty((2, view.C)), np.empty((SLOPE_ROWS, view.C))
     threads = schedule.threads_for(x.size)
-    if not schedule.channel_by_channel(view, x.itemsize, 2, threads):
+    plan = schedule.plan(view, x.itemsize, threads)
+    if not plan.backward_by_channel:
         partials = _backward_partials(grad_output, x, bits, None, None, view, table, relu)
         serial.finish_sums(x, partials, table, sums, slopes)
         backward_elements(*arrays, view, table, slopes, relu)
         return sums
     written = (grad_input,) if grad_residual is None else (grad_input, grad_residual)
     streaming = schedule.streams(view, x.nbytes, bits is not None, *written)
-    sizes: tuple[int, ...]
-    if view.columns:
-        cut = schedule.column_chunks(*view.sizes, x.itemsize == 8)
-        name, items = "backward_columns", -(-view.C // cut.block)
-        sizes = (*view.sizes, *cut)
-    else:
-        tiles = schedule.plane_chunks(*view.sizes, x.itemsize == 8)
-        name, items = "backward_planes", view.C
-        sizes = (*view.sizes, *tiles)
-    _run(name, items, threads, *arrays, *sizes, table, sums, slopes, relu, streaming)
+    schedule.run(
+        "backward_" + plan.name, threads, plan.channel_items, *arrays, *plan.channel_sizes, table,
+        sums, slopes, relu, streaming,
+    )  # fmt: skip
     return sums
 
 

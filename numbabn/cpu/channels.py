@@ -19,20 +19,61 @@ SHIFT      b = bias - weight * REST, so that y = (x - MEAN) * a + b
 mean. In the backward pass it is ``(C, chunks, 3)``: count, ``sum(dy)`` and ``sum(dy * xhat)``,
 the latter not yet times INVSTD unless x is float64 (see `gradients`).
 
-Arrays of size 0 stand for a weight, bias or running statistic that was not given.
+Functions take pointers, `memory.pointer`: arrays would cost atomic reference counting per channel.
 """
+
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from numbabn.cpu.memory import pointer
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.vector import is_double, round_like
 
 MEAN, REST, INVSTD, SCALE, SHIFT = range(5)
+TABLE_ROWS = 5
 GRAD_MEAN, SLOPE, OFFSET = range(3)
+SLOPE_ROWS = 3
 
 
 COUNT, CENTER, SUM, M2 = range(4)
 SUM_DY, SUM_DY_XHAT = 1, 2
+
+
+class Channels(NamedTuple):
+    """Pointers to arrays of channels, and which of them were given."""
+
+    C: int
+    weight: Any
+    bias: Any
+    running_mean: Any
+    running_var: Any
+    has_weight: bool
+    has_bias: bool
+    has_mean: bool
+    has_var: bool
+    momentum: float
+    eps: float
+    table: Any
+
+
+@inline
+def channels_of(weight, bias, running_mean, running_var, momentum, eps, table):
+    """Arrays of size 0 stand for a weight, bias or running statistic that was not given."""
+    return Channels(
+        table.shape[1],
+        pointer(weight),
+        pointer(bias),
+        pointer(running_mean),
+        pointer(running_var),
+        weight.size > 0,
+        bias.size > 0,
+        running_mean.size > 0,
+        running_var.size > 0,
+        momentum,
+        eps,
+        pointer(table),
+    )
 
 
 @inline
@@ -49,52 +90,6 @@ def close_sum(total, lost):
     return total if np.isnan(lost) else total + lost  # lost is NaN once total is infinite
 
 
-@function
-def sum_chunks(partials, row, item):
-    """Sum of one item over a channel's chunks, in order."""
-    total = lost = 0.0
-    for k in range(partials.shape[1]):
-        total, lost = add_compensated(total, lost, partials[row, k, item])
-    return close_sum(total, lost)
-
-
-@function
-def merge_chunks(partials, row):
-    """Count, center, sum of ``x - center``, and m2 of a channel, from its chunks in order.
-
-    The pooled form of Chan, Golub & LeVeque (1979): first the common mean, then
-    ``m2 = sum(m2_k + n_k * (mean_k - mean)**2)``, whose terms are all positive.
-    """
-    count = sum_chunks(partials, row, COUNT)
-    center = partials[row, 0, CENTER]
-    if partials.shape[1] == 1:
-        return count, center, partials[row, 0, SUM], partials[row, 0, M2]
-    total = lost = 0.0
-    for k in range(partials.shape[1]):
-        apart = (partials[row, k, CENTER] - center) * partials[row, k, COUNT]
-        total, lost = add_compensated(total, lost, apart)
-        total, lost = add_compensated(total, lost, partials[row, k, SUM])
-    total = close_sum(total, lost)
-    m2 = lost = 0.0
-    for k in range(partials.shape[1]):
-        n = partials[row, k, COUNT]
-        apart = (partials[row, k, CENTER] - center) + partials[row, k, SUM] / n - total / count
-        m2, lost = add_compensated(m2, lost, partials[row, k, M2] + n * apart * apart)
-    return count, center, total, close_sum(m2, lost)
-
-
-@function
-def fill_column(table, c, mean, rest, invstd, weight, bias):
-    """Write channel c's column of the table; `weight` and `bias` are arrays, maybe empty."""
-    gamma = np.float64(weight[c]) if weight.size else 1.0
-    beta = np.float64(bias[c]) if bias.size else 0.0
-    table[MEAN, c] = mean
-    table[REST, c] = rest
-    table[INVSTD, c] = invstd
-    table[SCALE, c] = gamma * invstd
-    table[SHIFT, c] = beta - finite(gamma * rest)
-
-
 @inline
 def finite(correction):
     """A small correction, or nothing where infinity or NaN make it meaningless."""
@@ -102,54 +97,108 @@ def finite(correction):
 
 
 @function
+def merge_chunks(partials, chunks):
+    """Count, center, sum of ``x - center``, and m2 of a channel, from its chunks in order.
+
+    The pooled form of Chan, Golub & LeVeque (1979): first the common mean, then
+    ``m2 = sum(m2_k + n_k * (mean_k - mean)**2)``, whose terms are all positive.
+    """
+    center = partials[CENTER]
+    if chunks == 1:
+        return partials[COUNT], center, partials[SUM], partials[M2]
+    count = total = lost = 0.0
+    for k in range(chunks):
+        n = partials[4 * k + COUNT]
+        count += n
+        apart = (partials[4 * k + CENTER] - center) * n
+        total, lost = add_compensated(total, lost, apart)
+        total, lost = add_compensated(total, lost, partials[4 * k + SUM])
+    total = close_sum(total, lost)
+    mean = total / count
+    m2 = lost = 0.0
+    for k in range(chunks):
+        n = partials[4 * k + COUNT]
+        apart = (partials[4 * k + CENTER] - center) + partials[4 * k + SUM] / n - mean
+        m2, lost = add_compensated(m2, lost, partials[4 * k + M2] + n * apart * apart)
+    return count, center, total, close_sum(m2, lost)
+
+
+@inline
+def fill_column(channels, c, mean, rest, invstd):
+    """Write channel c's column of the table."""
+    gamma = np.float64(channels.weight[c]) if channels.has_weight else 1.0
+    beta = np.float64(channels.bias[c]) if channels.has_bias else 0.0
+    C, table = channels.C, channels.table
+    table[MEAN * C + c] = mean
+    table[REST * C + c] = rest
+    table[INVSTD * C + c] = invstd
+    table[SCALE * C + c] = gamma * invstd
+    table[SHIFT * C + c] = beta - finite(gamma * rest)
+
+
+@inline
 def round_mean(x, mean):
     """The mean in the type that kernels compute with, and what that leaves out."""
     rounded = np.float64(round_like(x, mean))
     return rounded, finite(mean - rounded)
 
 
+@inline
+def finish_given(x, mean, invstd, channels, c):
+    """Fill channel c's column of the table from a mean and invstd that are known."""
+    rounded, low = round_mean(x, mean)
+    fill_column(channels, c, rounded, finite(low * invstd), invstd)
+
+
 @function
-def finish_training(
-    x, partials, row, c, weight, bias, running_mean, running_var, momentum, eps, table
-):
+def finish_training(x, partials, chunks, channels, c):
     """Merge a channel's chunks, update its running statistics, fill its column of the table."""
-    count, center, total, m2 = merge_chunks(partials, row)
+    count, center, total, m2 = merge_chunks(partials, chunks)
     mean = center + total / count
-    if running_mean.size:
-        running_mean[c] = (1.0 - momentum) * running_mean[c] + momentum * mean
-    if running_var.size:
-        running_var[c] = (1.0 - momentum) * running_var[c] + momentum * (m2 / (count - 1.0))
-    invstd = 1.0 / np.sqrt(m2 / count + eps)
+    momentum = channels.momentum
+    if channels.has_mean:
+        old = (1.0 - momentum) * channels.running_mean[c]
+        channels.running_mean[c] = old + momentum * mean
+    if channels.has_var:
+        old = (1.0 - momentum) * channels.running_var[c]
+        channels.running_var[c] = old + momentum * (m2 / (count - 1.0))
+    invstd = 1.0 / np.sqrt(m2 / count + channels.eps)
     rounded, _ = round_mean(x, mean)
     # sum(x - rounded), so that nothing underflows even if all of x is subnormal.
     left = total - (rounded - center) * count
-    fill_column(table, c, rounded, finite(left * invstd / count), invstd, weight, bias)
+    fill_column(channels, c, rounded, finite(left * invstd / count), invstd)
 
 
 @function
-def finish_backward(x, partials, row, c, table, sums, slopes):
+def finish_backward(x, partials, chunks, C, c, table, sums, slopes):
     """From a channel's chunks to ``sums[:, c] = (dbias, dweight)`` and its `slopes`.
 
     With x̂ = (x - mean) * r and a = weight * r, Ioffe & Szegedy (2015) have
     ``dx = a * (dy - mean(dy) - x̂ * mean(dy * x̂))``.
     """
-    count = sum_chunks(partials, row, COUNT)
-    sum_dy = sum_chunks(partials, row, SUM_DY)
-    sum_dy_xhat = sum_chunks(partials, row, SUM_DY_XHAT)
+    count = sum_dy = sum_dy_xhat = lost_dy = lost_dy_xhat = 0.0
+    for k in range(chunks):
+        count += partials[3 * k + COUNT]
+        sum_dy, lost_dy = add_compensated(sum_dy, lost_dy, partials[3 * k + SUM_DY])
+        sum_dy_xhat, lost_dy_xhat = add_compensated(
+            sum_dy_xhat, lost_dy_xhat, partials[3 * k + SUM_DY_XHAT]
+        )
+    sum_dy, sum_dy_xhat = close_sum(sum_dy, lost_dy), close_sum(sum_dy_xhat, lost_dy_xhat)
+    invstd, rest = table[INVSTD * C + c], table[REST * C + c]
     if not is_double(x):
-        sum_dy_xhat *= table[INVSTD, c]
-        if np.isinf(table[INVSTD, c]) and count > 1.0:
+        sum_dy_xhat *= invstd
+        if np.isinf(invstd) and count > 1.0:
             sum_dy_xhat = np.nan  # xhat is infinite, and of either sign
-    sum_dy_xhat -= finite(table[REST, c] * sum_dy)
-    sums[0, c] = sum_dy
-    sums[1, c] = sum_dy_xhat
-    fill_slopes(x, c, sum_dy / count, sum_dy_xhat / count, table, slopes)
+    sum_dy_xhat -= finite(rest * sum_dy)
+    sums[c] = sum_dy
+    sums[C + c] = sum_dy_xhat
+    fill_slopes(x, C, c, sum_dy / count, sum_dy_xhat / count, table, slopes)
 
 
-@function
-def fill_slopes(x, c, mean_dy, mean_dy_xhat, table, slopes):
+@inline
+def fill_slopes(x, C, c, mean_dy, mean_dy_xhat, table, slopes):
     """Write channel c's column of `slopes`."""
     rounded, low = round_mean(x, mean_dy)
-    slopes[GRAD_MEAN, c] = rounded
-    slopes[SLOPE, c] = -mean_dy_xhat * table[INVSTD, c]
-    slopes[OFFSET, c] = finite(mean_dy_xhat * table[REST, c]) - low
+    slopes[GRAD_MEAN * C + c] = rounded
+    slopes[SLOPE * C + c] = -mean_dy_xhat * table[INVSTD * C + c]
+    slopes[OFFSET * C + c] = finite(mean_dy_xhat * table[REST * C + c]) - low

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numbabn.cpu.channels import GRAD_MEAN, OFFSET, SLOPE
-from numbabn.cpu.memory import load, load_upto, pointer, put, store
-from numbabn.cpu.normalization import affine_at, affine_of, affine_pointers, head_of
+from numbabn.cpu.channels import COUNT, GRAD_MEAN, OFFSET, SLOPE, SUM_DY, SUM_DY_XHAT
+from numbabn.cpu.memory import load, load_upto, offset, put, store
+from numbabn.cpu.normalization import affine_at, head_of
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reductions import fold, spread
 from numbabn.cpu.vector import (
@@ -89,9 +89,8 @@ def element_vector(io, i, bit, count, affine, slopes, relu, streaming):
 
 
 @function
-def plane_grad_sums(io, C, L, c, n0, n1, l0, l1, table, relu, streaming):
+def plane_grad_sums(io, C, L, c, n0, n1, l0, l1, affine, relu, streaming):
     """Sums of g and of g * (x - MEAN) over rows n0:n1, columns l0:l1 of a channel."""
-    affine = affine_of(io.x, table, c)
     total = splat64(0.0)
     products = splat64(0.0)
     row_bits = (L + LANES - 1) // LANES
@@ -114,48 +113,59 @@ def plane_grad_sums(io, C, L, c, n0, n1, l0, l1, table, relu, streaming):
 
 
 @function
-def plane_grad_chunk(io, N, C, L, rows, segment, c, k, table, relu, streaming, partials, row):
-    """Sums of chunk k of channel c, into ``partials[row, k]``."""
+def plane_grad_chunk(io, N, C, L, rows, segment, c, k, affine, relu, streaming, chunk):
+    """Sums of chunk k of channel c, into `chunk`."""
     across = (L + segment - 1) // segment
     n0 = (k // across) * rows
     n1 = min(N, n0 + rows)
     l0 = (k % across) * segment
     l1 = min(L, l0 + segment)
-    total, products = plane_grad_sums(io, C, L, c, n0, n1, l0, l1, table, relu, streaming)
-    partials[row, k, 0] = np.float64((n1 - n0) * (l1 - l0))
-    partials[row, k, 1] = total
-    partials[row, k, 2] = products
+    total, products = plane_grad_sums(io, C, L, c, n0, n1, l0, l1, affine, relu, streaming)
+    chunk[COUNT] = np.float64((n1 - n0) * (l1 - l0))
+    chunk[SUM_DY] = total
+    chunk[SUM_DY_XHAT] = products
+
+
+@inline
+def slopes_of(x, slopes, C, c):
+    """Channel c's numbers, in all lanes."""
+    return Slopes(
+        splat_like(x, slopes[GRAD_MEAN * C + c]),
+        splat_like(x, slopes[SLOPE * C + c]),
+        splat_like(x, slopes[OFFSET * C + c]),
+    )
 
 
 @function
-def plane_elements(io, i, end, bit, table, slopes, c, relu, streaming):
-    """Training's input gradient of elements i:end, all of channel c."""
-    affine = affine_of(io.x, table, c)
-    own = Slopes(
-        splat_like(io.x, slopes[GRAD_MEAN, c]),
-        splat_like(io.x, slopes[SLOPE, c]),
-        splat_like(io.x, slopes[OFFSET, c]),
-    )
+def plane_elements(io, i, end, bit, affine, slopes, relu, streaming):
+    """Training's input gradient of elements i:end, all of one channel."""
     head = head_of(io.grad_input, io.bits, i, end, streaming)
     if head > 0:
-        element_vector(io, i, bit, head, affine, own, relu, False)
+        element_vector(io, i, bit, head, affine, slopes, relu, False)
         i += head
     while i + LANES <= end:
-        element_vector(io, i, bit, LANES, affine, own, relu, streaming)
+        element_vector(io, i, bit, LANES, affine, slopes, relu, streaming)
         i += LANES
         bit += 1
     if i < end:
-        element_vector(io, i, bit, end - i, affine, own, relu, False)
+        element_vector(io, i, bit, end - i, affine, slopes, relu, False)
 
 
 # --- columns --------------------------------------------------------------------------------
 
 
 @function
-def spread_slopes(slopes, c0, c1, L, params):
-    """`slopes` of channels c0:c1, one for each column, in rows 4 to 6 of `params`."""
-    for item in range(3):
-        spread(slopes[item, c0:c1], L, params[4 + item])
+def spread_slopes(slopes, C, c0, c1, L, columns):
+    """Fill in the `slopes` of channels c0:c1."""
+    spread(offset(slopes, GRAD_MEAN * C + c0), c1 - c0, L, columns.grad_mean)
+    spread(offset(slopes, SLOPE * C + c0), c1 - c0, L, columns.slope)
+    spread(offset(slopes, OFFSET * C + c0), c1 - c0, L, columns.offset)
+
+
+@inline
+def slopes_at(columns, j):
+    """Columns j:j+16."""
+    return Slopes(load(columns.grad_mean, j), load(columns.slope, j), load(columns.offset, j))
 
 
 @inline
@@ -180,10 +190,9 @@ def add_four_gradients(io, i, K, bit, row_bits, count, affine, relu, streaming, 
 
 
 @function
-def column_grad_sums(io, K, m0, m1, k0, width, params, relu, streaming, sums, products):
+def column_grad_sums(io, K, m0, m1, k0, width, columns, relu, streaming, sums, products):
     """Per column of k0:k0+width, sums of g and of g * (x - MEAN) over rows m0:m1."""
     row_bits = (K + LANES - 1) // LANES
-    columns = affine_pointers(params)
     for j in range(0, width, LANES):
         store(sums, j, splat64(0.0))
         store(products, j, splat64(0.0))
@@ -194,13 +203,13 @@ def column_grad_sums(io, K, m0, m1, k0, width, params, relu, streaming, sums, pr
         bit = m * row_bits + k0 // LANES
         for j in range(0, whole, LANES):
             add_four_gradients(
-                io, i + j, K, bit, row_bits, LANES, affine_at(io, columns, j), relu, streaming,
+                io, i + j, K, bit, row_bits, LANES, affine_at(columns, j), relu, streaming,
                 j, sums, products,
             )  # fmt: skip
             bit += 1
         if whole < width:
             add_four_gradients(
-                io, i + whole, K, bit, row_bits, width - whole, affine_at(io, columns, whole), relu,
+                io, i + whole, K, bit, row_bits, width - whole, affine_at(columns, whole), relu,
                 False, whole, sums, products,
             )  # fmt: skip
         m += 4
@@ -213,7 +222,7 @@ def column_grad_sums(io, K, m0, m1, k0, width, params, relu, streaming, sums, pr
                 i + j,
                 bit,
                 LANES,
-                affine_at(io, columns, j),
+                affine_at(columns, j),
                 relu,
                 streaming,
                 j,
@@ -223,49 +232,44 @@ def column_grad_sums(io, K, m0, m1, k0, width, params, relu, streaming, sums, pr
             bit += 1
         if whole < width:
             add_gradients(
-                io, i + whole, bit, width - whole, affine_at(io, columns, whole), relu, False,
+                io, i + whole, bit, width - whole, affine_at(columns, whole), relu, False,
                 whole, sums, products,
             )  # fmt: skip
         m += 1
 
 
 @function
-def column_grad_chunk(io, C, L, k, m0, m1, c0, c1, params, relu, streaming, work, partials, row):
-    """Sums of rows m0:m1 of channels c0:c1, into ``partials[row + c - c0, k]``."""
-    sums, products = work[0], work[1]
+def column_grad_chunk(
+    io, C, L, k, m0, m1, c0, c1, columns, relu, streaming, work, space, partials, chunks
+):
+    """Sums of rows m0:m1 of channels c0:c1, into chunk k of each, the first at `partials`."""
+    sums, products = work, offset(work, space)
     column_grad_sums(
-        io, C * L, m0, m1, c0 * L, (c1 - c0) * L, params, relu, streaming, pointer(sums),
-        pointer(products),
-    )  # fmt: skip
+        io, C * L, m0, m1, c0 * L, (c1 - c0) * L, columns, relu, streaming, sums, products
+    )
     for c in range(c1 - c0):
-        partials[row + c, k, 0] = np.float64((m1 - m0) * L)
-        partials[row + c, k, 1] = fold(sums, c, L)
-        partials[row + c, k, 2] = fold(products, c, L)
+        chunk = offset(partials, (c * chunks + k) * 3)
+        chunk[COUNT] = np.float64((m1 - m0) * L)
+        chunk[SUM_DY] = fold(sums, c, L)
+        chunk[SUM_DY_XHAT] = fold(products, c, L)
 
 
 @function
-def column_elements(io, K, m0, m1, k0, width, params, relu, streaming):
+def column_elements(io, K, m0, m1, k0, width, columns, relu, streaming):
     """Training's input gradient of rows m0:m1, columns k0:k0+width."""
     row_bits = (K + LANES - 1) // LANES
-    columns = affine_pointers(params)
-    rest = (pointer(params[4]), pointer(params[5]), pointer(params[6]))
     for m in range(m0, m1):
         i = m * K + k0
         bit = m * row_bits + k0 // LANES
         j = head_of(io.grad_input, io.bits, i, i + width, streaming)
         if j > 0:
-            affine, slopes = affine_at(io, columns, 0), slopes_at(rest, 0)
+            affine, slopes = affine_at(columns, 0), slopes_at(columns, 0)
             element_vector(io, i, bit, j, affine, slopes, relu, False)
         while j + LANES <= width:
-            affine, slopes = affine_at(io, columns, j), slopes_at(rest, j)
+            affine, slopes = affine_at(columns, j), slopes_at(columns, j)
             element_vector(io, i + j, bit, LANES, affine, slopes, relu, streaming)
             j += LANES
             bit += 1
         if j < width:
-            affine, slopes = affine_at(io, columns, j), slopes_at(rest, j)
+            affine, slopes = affine_at(columns, j), slopes_at(columns, j)
             element_vector(io, i + j, bit, width - j, affine, slopes, relu, False)
-
-
-@inline
-def slopes_at(params, j):
-    return Slopes(load(params[0], j), load(params[1], j), load(params[2], j))

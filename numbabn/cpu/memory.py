@@ -111,6 +111,16 @@ def _pointer(array):
 
 
 @intrinsic
+def offset(typingctx: Any, source: Any, index: Any) -> Any:
+    """Pointer to ``source[index]``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.gep(args[0], [args[1]])
+
+    return source(source, types.int64), codegen
+
+
+@intrinsic
 def load(typingctx: Any, source: Any, index: Any) -> Any:
     """``source[index : index + 16]``."""
 

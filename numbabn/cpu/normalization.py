@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 from numbabn.cpu.channels import INVSTD, MEAN, SCALE, SHIFT
 from numbabn.cpu.memory import (
     elements_to_boundary,
-    empty_like_computed,
     load,
     load_upto,
-    pointer,
+    offset,
     put,
 )
 from numbabn.cpu.options import function, inline
@@ -92,20 +91,19 @@ def head_of(target, bits, i, end, streaming):
 
 
 @inline
-def affine_of(x, table, c):
+def affine_of(x, table, C, c):
     """Channel c's numbers, in all lanes."""
     return Affine(
-        splat_like(x, table[MEAN, c]),
-        splat_like(x, table[SCALE, c]),
-        splat_like(x, table[SHIFT, c]),
-        splat64(table[INVSTD, c] if is_double(x) else 1.0),
+        splat_like(x, table[MEAN * C + c]),
+        splat_like(x, table[SCALE * C + c]),
+        splat_like(x, table[SHIFT * C + c]),
+        splat64(table[INVSTD * C + c] if is_double(x) else 1.0),
     )
 
 
 @function
-def normalize_plane(io, i, end, bit, table, c, floor, streaming):
-    """Elements i:end, all of channel c."""
-    affine = affine_of(io.x, table, c)
+def normalize_plane(io, i, end, bit, affine, floor, streaming):
+    """Elements i:end, all of the channel of `affine`."""
     lowest = splat_like(io.x, floor)
     head = head_of(io.out, io.bits, i, end, streaming)
     if head > 0:
@@ -122,47 +120,63 @@ def normalize_plane(io, i, end, bit, table, c, floor, streaming):
 # --- columns --------------------------------------------------------------------------------
 
 
-@function
-def spread_affine(table, c0, c1, L, params):
-    """MEAN, SCALE, SHIFT and INVSTD of channels c0:c1 for each column, in rows 0 to 3."""
-    spread(table[MEAN, c0:c1], L, params[0])
-    spread(table[SCALE, c0:c1], L, params[1])
-    spread(table[SHIFT, c0:c1], L, params[2])
-    spread(table[INVSTD, c0:c1], L, params[3])
+class Columns(NamedTuple):
+    """Pointers to one number for each column of a block, in the order of `Affine` and `Slopes`."""
+
+    mean: Any
+    scale: Any
+    shift: Any
+    unit: Any
+    grad_mean: Any
+    slope: Any
+    offset: Any
 
 
 @inline
-def affine_pointers(params):
-    return pointer(params[0]), pointer(params[1]), pointer(params[2]), pointer(params[3])
-
-
-@inline
-def affine_at(io, params, j):
-    unit = widen(load(params[3], j)) if is_double(io.x) else splat64(1.0)
-    return Affine(load(params[0], j), load(params[1], j), load(params[2], j), unit)
+def columns_of(buffer, space):
+    """`buffer` has room for seven times `space` numbers."""
+    return Columns(
+        buffer,
+        offset(buffer, space),
+        offset(buffer, 2 * space),
+        offset(buffer, 3 * space),
+        offset(buffer, 4 * space),
+        offset(buffer, 5 * space),
+        offset(buffer, 6 * space),
+    )
 
 
 @function
-def normalize_rows(io, K, m0, m1, k0, width, params, floor, streaming):
+def spread_affine(table, C, c0, c1, L, columns):
+    """Fill in what the table says of channels c0:c1."""
+    spread(offset(table, MEAN * C + c0), c1 - c0, L, columns.mean)
+    spread(offset(table, SCALE * C + c0), c1 - c0, L, columns.scale)
+    spread(offset(table, SHIFT * C + c0), c1 - c0, L, columns.shift)
+    if is_double(columns.unit):
+        spread(offset(table, INVSTD * C + c0), c1 - c0, L, columns.unit)
+
+
+@inline
+def affine_at(columns, j):
+    """Columns j:j+16."""
+    unit = widen(load(columns.unit, j)) if is_double(columns.unit) else splat64(1.0)
+    return Affine(load(columns.mean, j), load(columns.scale, j), load(columns.shift, j), unit)
+
+
+@function
+def normalize_rows(io, K, m0, m1, k0, width, columns, floor, streaming):
     """Rows m0:m1 of columns k0:k0+width."""
     row_bits = (K + LANES - 1) // LANES
     lowest = splat_like(io.x, floor)
-    columns = affine_pointers(params)
     for m in range(m0, m1):
         i = m * K + k0
         bit = m * row_bits + k0 // LANES
         j = head_of(io.out, io.bits, i, i + width, streaming)
         if j > 0:
-            normalize_vector(io, i, bit, j, affine_at(io, columns, 0), lowest, False)
+            normalize_vector(io, i, bit, j, affine_at(columns, 0), lowest, False)
         while j + LANES <= width:
-            normalize_vector(io, i + j, bit, LANES, affine_at(io, columns, j), lowest, streaming)
+            normalize_vector(io, i + j, bit, LANES, affine_at(columns, j), lowest, streaming)
             j += LANES
             bit += 1
         if j < width:
-            normalize_vector(io, i + j, bit, width - j, affine_at(io, columns, j), lowest, False)
-
-
-@function
-def columns_buffer(x, items, block, L):
-    """Room for `items` numbers per column of a block, and for vectors that start anywhere in it."""
-    return empty_like_computed(x, (items, block * L + 2 * LANES))
+            normalize_vector(io, i + j, bit, width - j, affine_at(columns, j), lowest, False)

@@ -45,22 +45,30 @@ def stats_columns(x, M, C, L, rows, block, partials, items, parts):
 
 
 @parallel_kernel
-def normalize_planes(x, residual, bits, out, C, L, segment, table, floor, streaming, items, parts):
+def normalize_planes(
+    x, residual, bits, out, C, L, segment, weight, bias, running_mean, running_var, eps, table,
+    floor, streaming, items, parts,
+):
+    table = serial.ready_table(x, weight, bias, running_mean, running_var, eps, table)
     for part in prange(parts):
         serial.normalize_planes(
-            x, residual, bits, out, C, L, segment, table, floor, streaming,
-            share(items, parts, part), share(items, parts, part + 1),
+            x, residual, bits, out, C, L, segment, weight, bias, running_mean[:0],
+            running_var, eps, table, floor, streaming, share(items, parts, part),
+            share(items, parts, part + 1),
         )
 
 
 @parallel_kernel
 def normalize_columns(
-    x, residual, bits, out, M, C, L, rows, block, table, floor, streaming, items, parts,
+    x, residual, bits, out, M, C, L, rows, block, weight, bias, running_mean, running_var, eps,
+    table, floor, streaming, items, parts,
 ):
+    table = serial.ready_table(x, weight, bias, running_mean, running_var, eps, table)
     for part in prange(parts):
         serial.normalize_columns(
-            x, residual, bits, out, M, C, L, rows, block, table, floor, streaming,
-            share(items, parts, part), share(items, parts, part + 1),
+            x, residual, bits, out, M, C, L, rows, block, weight, bias, running_mean[:0],
+            running_var, eps, table, floor, streaming, share(items, parts, part),
+            share(items, parts, part + 1),
         )
 
 

@@ -13,12 +13,13 @@ belongs to channel k // L.
 import numpy as np
 
 from numbabn.cpu.channels import CENTER, COUNT, M2, SUM
-from numbabn.cpu.memory import load, load_first, load_upto, pointer, scalar, store
+from numbabn.cpu.memory import load, load_first, load_upto, offset, scalar, store
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.vector import (
     LANES,
     fma,
     is_double,
+    narrow_like,
     splat64,
     splat_like,
     sum_lanes,
@@ -33,14 +34,14 @@ def first_value(x, index):
     return value if np.isfinite(value) else 0.0
 
 
-@function
-def store_moments(partials, row, k, count, center, total, squares):
+@inline
+def store_moments(chunk, count, center, total, squares):
     """Store what a chunk summed to, given the sums of d = x - center and of d * d."""
     m2 = squares - total * total / count
-    partials[row, k, COUNT] = count
-    partials[row, k, CENTER] = center
-    partials[row, k, SUM] = total
-    partials[row, k, M2] = 0.0 if m2 < 0.0 else m2
+    chunk[COUNT] = count
+    chunk[CENTER] = center
+    chunk[SUM] = total
+    chunk[M2] = 0.0 if m2 < 0.0 else m2
 
 
 # --- planes ---------------------------------------------------------------------------------
@@ -79,8 +80,8 @@ def plane_sums(x, C, L, c, n0, n1, l0, l1, shift):
 
 
 @function
-def plane_chunk(x, N, C, L, rows, segment, c, k, shift, partials, row):
-    """Statistics of chunk k of channel c, relative to `shift`, into ``partials[row, k]``."""
+def plane_chunk(x, N, C, L, rows, segment, c, k, shift, chunk):
+    """Statistics of chunk k of channel c, relative to `shift`, into `chunk`."""
     across = (L + segment - 1) // segment
     n0 = (k // across) * rows
     n1 = min(N, n0 + rows)
@@ -91,24 +92,24 @@ def plane_chunk(x, N, C, L, rows, segment, c, k, shift, partials, row):
     if is_double(x) and np.isfinite(total):
         shift += total / count
         total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift)
-    store_moments(partials, row, k, count, shift, total, squares)
+    store_moments(chunk, count, shift, total, squares)
 
 
 # --- columns --------------------------------------------------------------------------------
 
 
 @function
-def spread(values, L, out):
-    """``out[j] = values[j // L]``; may write up to 15 numbers past the last."""
+def spread(values, count, L, out):
+    """``out[j] = values[j // L]`` for `count` values; may write up to 15 numbers past the last."""
     if L == 1:
-        for c in range(values.size):
-            out[c] = values[c]
+        for c in range(0, count, LANES):
+            lanes = load_upto(values, c, count - c, splat64(0.0))
+            store(out, c, narrow_like(out, lanes))
     else:
-        target = pointer(out)
-        for c in range(values.size):
-            lanes = splat_like(target, np.float64(values[c]))
+        for c in range(count):
+            lanes = splat_like(out, values[c])
             for j in range(c * L, (c + 1) * L, LANES):
-                store(target, j, lanes)
+                store(out, j, lanes)
 
 
 @function
@@ -116,16 +117,15 @@ def fold(sums, c, L):
     """Sum over the L columns of channel c."""
     if L == 1:
         return sums[c]
-    source = pointer(sums)
     zero = splat64(0.0)
     total = zero
     j = c * L
     end = j + L
     while j + LANES <= end:
-        total = total + load(source, j)
+        total = total + load(sums, j)
         j += LANES
     if j < end:
-        total = total + load_first(source, j, end - j, zero)
+        total = total + load_first(sums, j, end - j, zero)
     return sum_lanes(total)
 
 
@@ -186,27 +186,26 @@ def column_sums(x, K, m0, m1, k0, width, shifts, sums, squares):
 
 
 @function
-def column_chunk(x, C, L, k, m0, m1, c0, c1, work, partials, row):
-    """Statistics of rows m0:m1 of channels c0:c1, into ``partials[row + c - c0, k]``.
+def column_chunk(x, C, L, k, m0, m1, c0, c1, work, space, partials, chunks):
+    """Statistics of rows m0:m1 of channels c0:c1, into chunk k of each, the first at `partials`.
 
-    `work` is scratch, shape ``(4, columns + 16)``.
+    `work` is scratch: four times `space` numbers.
     """
     K = C * L
     width = (c1 - c0) * L
-    shifts, sums, squares = work[0], work[1], work[2]
-    to_shifts, to_sums, to_squares = pointer(shifts), pointer(sums), pointer(squares)
-    centers = work[3]
+    shifts, sums = work, offset(work, space)
+    squares, centers = offset(work, 2 * space), offset(work, 3 * space)
     count = np.float64((m1 - m0) * L)
     for c in range(c1 - c0):
         centers[c] = first_value(x, (c0 + c) * L)
-    spread(centers[: c1 - c0], L, shifts)
-    column_sums(x, K, m0, m1, c0 * L, width, to_shifts, to_sums, to_squares)
+    spread(centers, c1 - c0, L, shifts)
+    column_sums(x, K, m0, m1, c0 * L, width, shifts, sums, squares)
     if is_double(x):
         for c in range(c1 - c0):
             middle = centers[c] + fold(sums, c, L) / count
             centers[c] = middle if np.isfinite(middle) else centers[c]
-        spread(centers[: c1 - c0], L, shifts)
-        column_sums(x, K, m0, m1, c0 * L, width, to_shifts, to_sums, to_squares)
+        spread(centers, c1 - c0, L, shifts)
+        column_sums(x, K, m0, m1, c0 * L, width, shifts, sums, squares)
     for c in range(c1 - c0):
         total, squared = fold(sums, c, L), fold(squares, c, L)
-        store_moments(partials, row + c, k, count, centers[c], total, squared)
+        store_moments(offset(partials, (c * chunks + k) * 4), count, centers[c], total, squared)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from numbabn.cpu import parallel, serial
 from numbabn.layout import View
 
 Array = NDArray[Any]
@@ -79,73 +78,89 @@ def caches() -> Caches:
     return Caches(l2, last, max(1, shared))
 
 
-class Planes(NamedTuple):
-    """Chunks of a planes view: `rows` planes of a channel by `segment` of their values."""
+class Plan(NamedTuple):
+    """How the kernels for one view, dtype and number of threads are called.
 
-    rows: int
-    segment: int
-    chunks: int
+    `sizes` are the arguments between the arrays of elements and the arrays of channels, and
+    `items` what there is to share out, each for three ways of going through the data: by `chunk`
+    (sums), by `channel` (a channel, or block of them, is finished before the next is begun), and
+    by `element` (elementwise, in the order of memory where that matters).
+    """
 
-
-class Columns(NamedTuple):
-    """Chunks of a columns view: `rows` rows; `block` channels are worked on together."""
-
-    rows: int
-    block: int
-    chunks: int
+    name: str  # "planes" or "columns": how the kernels' names end
+    chunks: int  # of each channel
+    chunk_sizes: tuple[int, ...]
+    chunk_items: int
+    channel_sizes: tuple[int, ...]
+    channel_items: int
+    element_sizes: tuple[int, ...]
+    element_items: int
+    forward_by_channel: bool
+    backward_by_channel: bool
 
 
 @cache
-def plane_chunks(N: int, C: int, L: int, double: bool) -> Planes:
-    """Chunks from the shape, and whether x is float64, alone."""
+def plan(view: View, itemsize: int, threads: int) -> Plan:
+    """The plan for arrays that lie like `view`; the chunks follow from view and dtype alone."""
+    return (_plan_columns if view.columns else _plan_planes)(view, itemsize, threads)
+
+
+def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
+    N, C, L = view.sizes
     most = max(1, MOST_CHUNKS // C)
-    values = max(CHUNK_FLOAT64 if double else CHUNK, -(-N * L // most))
+    values = max(CHUNK_FLOAT64 if itemsize == 8 else CHUNK, -(-N * L // most))
     if values >= L:
-        rows = min(N, values // L)
-        return Planes(rows, L, -(-N // rows))
-    across = -(-L // values)
-    segment = -(-L // across)
-    segment += -segment % 64  # whole cache lines of any dtype
-    return Planes(1, segment, N * -(-L // segment))
+        rows, segment = min(N, values // L), L
+        chunks = -(-N // rows)
+    else:
+        rows, segment = 1, -(-L // -(-L // values))
+        segment += -segment % 64  # whole cache lines of any dtype
+        chunks = N * -(-L // segment)
+    # A channel's second look finds it in cache; but every thread should have channels to do.
+    by_channel = threads == 1 or 4 * threads <= C or C % threads == 0
+    return Plan(
+        "planes",
+        chunks,
+        (N, C, L, rows, segment),
+        C * chunks,
+        (N, C, L, rows, segment, chunks),
+        C,
+        (C, L, segment),
+        N * C * -(-L // segment),
+        by_channel,
+        by_channel,
+    )
 
 
-@cache
-def column_chunks(M: int, C: int, L: int, double: bool) -> Columns:
-    """Chunks from the shape, and whether x is float64, alone."""
-    block = max(16, COLUMNS // L // 16 * 16)  # × 16: rows of `bits` start on a number
-    block = min(block, C)
-    values = CHUNK_FLOAT64 if double else CHUNK
+def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
+    M, C, L = view.sizes
+    block = min(C, max(16, COLUMNS // L // 16 * 16))  # × 16: rows of `bits` start on a number
+    values = CHUNK_FLOAT64 if itemsize == 8 else CHUNK
     most = max(1, MOST_CHUNKS // C)
-    rows = max(8, min(CHUNK_ROWS, values // (block * L)), -(-M // most))
-    rows = min(M, rows)
-    return Columns(rows, block, -(-M // rows))
-
-
-def row_grid(view: View, block: int, threads: int) -> tuple[int, int]:
-    """Rows of an item of elementwise work over columns, and the number of items.
-
-    An item reads its block's parameters once, so it should be tall; but there should be a few
-    items for each thread.
-    """
-    blocks = -(-view.C // block)
-    downs = min(max(1, -(-4 * threads // blocks)), max(1, view.N // 8))
-    rows = -(-view.N // downs)
-    return rows, blocks * -(-view.N // rows)
-
-
-def channel_by_channel(view: View, itemsize: int, arrays: int, threads: int) -> bool:
-    """Whether to finish each channel, or block of them, before the next is begun.
-
-    `arrays` counts those that are read twice. That way the second look at a channel finds it in
-    cache. It needs enough channels for all threads and, for columns, blocks whose every row is
-    in cache.
-    """
-    if view.columns:
-        block = column_chunks(*view.sizes, itemsize == 8).block
-        blocks = -(-view.C // block)
-        fits = view.N * block * view.L * itemsize * arrays <= caches().l2 // 2
-        return fits and (threads == 1 or blocks >= 4 * threads)
-    return threads == 1 or 4 * threads <= view.C
+    rows = min(M, max(8, min(CHUNK_ROWS, values // (block * L)), -(-M // most)))
+    chunks = -(-M // rows)
+    # The chunks' rows are settled; narrower blocks of columns give more threads something to do.
+    while chunks * -(-C // block) < 4 * threads and block * L >= 128 and block >= 32:
+        block = block // 32 * 16
+    blocks = -(-C // block)
+    # An item of elementwise work reads its block's parameters once, so it should be tall.
+    downs = min(max(1, -(-4 * threads // blocks)), max(1, M // 8))
+    tall = -(-M // downs)
+    # For a second look in cache, all rows of a block have to fit.
+    fits = caches().l2 // 2 // (M * block * L * itemsize)
+    enough = threads == 1 or blocks >= 4 * threads or blocks % threads == 0
+    return Plan(
+        "columns",
+        chunks,
+        (M, C, L, rows, block),
+        chunks * blocks,
+        (M, C, L, rows, block, chunks),
+        blocks,
+        (M, C, L, tall, block),
+        blocks * -(-M // tall),
+        enough and fits >= 1,
+        enough and fits >= 2,
+    )
 
 
 def streams(view: View, nbytes: int, aligned_rows: bool, *written: Array) -> bool:
@@ -193,10 +208,8 @@ _one_at_a_time = threading.Lock()
 @cache
 def _layer() -> str:
     """The threading layer, which Numba chooses at the first parallel call."""
-    from numbabn.cpu.parallel import probe
-
     with _one_at_a_time:
-        probe(np.zeros(1))
+        parallel.probe(np.zeros(1))
     return str(numba.threading_layer())
 
 
@@ -211,15 +224,17 @@ def threads_for(size: int) -> int:
     return threads if size >= PARALLEL_FROM.get(_layer(), PARALLEL_FROM["omp"]) else 1
 
 
-@contextmanager
-def may_run_parallel() -> Iterator[bool]:
-    """Whether a parallel kernel may be entered now, until the end of the ``with`` block."""
-    if _layer() != "workqueue":
-        yield True
+def run(name: str, threads: int, items: int, *arguments: Any) -> None:
+    """Run kernel `name` over its items, on several threads if there are several of both."""
+    parts = min(threads, items)
+    if parts == 1:
+        getattr(serial, name)(*arguments, 0, items)
+    elif _layer() != "workqueue":
+        getattr(parallel, name)(*arguments, items, parts)
     elif _one_at_a_time.acquire(blocking=False):
         try:
-            yield True
+            getattr(parallel, name)(*arguments, items, parts)
         finally:
             _one_at_a_time.release()
     else:
-        yield False
+        getattr(serial, name)(*arguments, 0, items)

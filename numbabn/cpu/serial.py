@@ -12,13 +12,13 @@ import numpy as np
 
 from numbabn.cpu.channels import (
     INVSTD,
-    fill_column,
+    TABLE_ROWS,
+    channels_of,
     fill_slopes,
     finish_backward,
+    finish_given,
     finish_training,
-    finite,
     merge_chunks,
-    round_mean,
 )
 from numbabn.cpu.gradients import (
     Backward,
@@ -26,17 +26,19 @@ from numbabn.cpu.gradients import (
     column_grad_chunk,
     plane_elements,
     plane_grad_chunk,
+    slopes_of,
     spread_slopes,
 )
-from numbabn.cpu.memory import pointer
+from numbabn.cpu.memory import empty_like_computed, offset, pointer
 from numbabn.cpu.normalization import (
     Forward,
-    columns_buffer,
+    affine_of,
+    columns_of,
     normalize_plane,
     normalize_rows,
     spread_affine,
 )
-from numbabn.cpu.options import function, kernel
+from numbabn.cpu.options import function, inline, kernel
 from numbabn.cpu.reductions import column_chunk, first_value, plane_chunk
 from numbabn.cpu.vector import LANES
 
@@ -44,74 +46,158 @@ from numbabn.cpu.vector import LANES
 # The long lists of arguments below are easier to compare when they are set like text.
 
 
+@inline
+def forward_io(x, residual, bits, out):
+    return Forward(pointer(x), pointer(residual), pointer(bits), pointer(out))
+
+
+@inline
+def backward_io(grad_output, x, bits, grad_input, grad_residual):
+    return Backward(
+        pointer(grad_output), pointer(x), pointer(bits), pointer(grad_input),
+        pointer(grad_residual),
+    )
+
+
+# A buffer is made by the kernel and used through a pointer; reading it afterwards, as this does,
+# is what keeps it alive until then.
+@inline
+def keep_alive(buffer):
+    return buffer.size
+
+
+# --- statistics -------------------------------------------------------------------------------
+
+
 @kernel
 def stats_planes(x, N, C, L, rows, segment, partials, start, stop):
     """Chunks start:stop of all channels' chunks, counted channel by channel."""
+    to_x, chunk = pointer(x), pointer(partials)
     chunks = partials.shape[1]
-    to_x = pointer(x)
     for item in range(start, stop):
         c = item // chunks
         shift = first_value(to_x, c * L)
-        plane_chunk(to_x, N, C, L, rows, segment, c, item % chunks, shift, partials, c)
+        plane_chunk(
+            to_x, N, C, L, rows, segment, c, item % chunks, shift, offset(chunk, 4 * item)
+        )
 
 
 @kernel
 def stats_columns(x, M, C, L, rows, block, partials, start, stop):
-    """Items start:stop of the grid (chunk of rows) × (block of channels)."""
-    blocks = (C + block - 1) // block
-    work = np.empty((4, block * L + LANES))
+    """Items start:stop of the grid (block of channels) × (chunk of rows)."""
+    chunks = partials.shape[1]
+    space = block * L + LANES
+    work = np.empty(4 * space)
     for item in range(start, stop):
-        k = item // blocks
-        c0 = (item % blocks) * block
+        k = item % chunks
+        c0 = (item // chunks) * block
         column_chunk(
             pointer(x), C, L, k, k * rows, min(M, (k + 1) * rows), c0, min(C, c0 + block),
-            work, partials, c0,
+            pointer(work), space, offset(pointer(partials), 4 * chunks * c0), chunks,
         )
+    return keep_alive(work)
 
 
 @kernel
 def finish_stats(x, partials, weight, bias, running_mean, running_var, momentum, eps, table):
     """From all chunks of all channels to the table, once the statistics were taken."""
-    for c in range(partials.shape[0]):
-        finish_training(
-            pointer(x), partials, c, c, weight, bias,
-            running_mean, running_var, momentum, eps, table,
+    channels = channels_of(weight, bias, running_mean, running_var, momentum, eps, table)
+    C, chunks, _ = partials.shape
+    for c in range(C):
+        chunk = offset(pointer(partials), 4 * chunks * c)
+        finish_training(pointer(x), chunk, chunks, channels, c)
+
+
+@kernel
+def merge_stats(partials, mean, m2):
+    """Mean and m2 of every channel from its chunks."""
+    C, chunks, _ = partials.shape
+    for c in range(C):
+        chunk = offset(pointer(partials), 4 * chunks * c)
+        count, center, total, m2[c] = merge_chunks(chunk, chunks)
+        mean[c] = center + total / count
+
+
+# --- forward ----------------------------------------------------------------------------------
+
+
+@function
+def ready_table(x, weight, bias, running_mean, running_var, eps, table):
+    """The table: as it is, or filled (and made, if empty) from running statistics if given."""
+    C = running_mean.size
+    if C:
+        if not table.size:
+            table = np.empty((TABLE_ROWS, C))
+        channels = channels_of(weight, bias, running_mean, running_var, 0.0, eps, table)
+        for c in range(C):
+            mean = np.float64(channels.running_mean[c])
+            invstd = 1.0 / np.sqrt(np.float64(channels.running_var[c]) + eps)
+            finish_given(pointer(x), mean, invstd, channels, c)
+    return table
+
+
+@kernel
+def finish_known(x, mean, invstd, weight, bias, table):
+    """Fill the table from float64 mean and invstd."""
+    channels = channels_of(weight, bias, mean, invstd, 0.0, 0.0, table)
+    for c in range(mean.size):
+        finish_given(
+            pointer(x), channels.running_mean[c], channels.running_var[c], channels, c
         )
 
 
 @kernel
-def normalize_planes(x, residual, bits, out, C, L, segment, table, floor, streaming, start, stop):
+def normalize_planes(
+    x, residual, bits, out, C, L, segment, weight, bias, running_mean, running_var, eps, table,
+    floor, streaming, start, stop,
+):
     """Items start:stop of the segments of all planes, in the order of memory."""
-    io = Forward(pointer(x), pointer(residual), pointer(bits), pointer(out))
+    table = ready_table(x, weight, bias, running_mean, running_var, eps, table)
+    io = forward_io(x, residual, bits, out)
+    to_table = pointer(table)
     across = (L + segment - 1) // segment
     row_bits = (L + LANES - 1) // LANES
-    for item in range(start, stop):
-        row = item // across
-        l0 = (item % across) * segment
+    row = start // across
+    l0 = (start % across) * segment
+    c = row % C
+    affine = affine_of(io.x, to_table, C, c)
+    for _ in range(start, stop):
         l1 = min(L, l0 + segment)
         bit = row * row_bits + l0 // LANES
-        normalize_plane(io, row * L + l0, row * L + l1, bit, table, row % C, floor, streaming)
+        normalize_plane(io, row * L + l0, row * L + l1, bit, affine, floor, streaming)
+        l0 = l1
+        if l0 == L:
+            l0 = 0
+            row += 1
+            c = c + 1 if c + 1 < C else 0
+            affine = affine_of(io.x, to_table, C, c)
+    return keep_alive(table)
 
 
 @kernel
 def normalize_columns(
-    x, residual, bits, out, M, C, L, rows, block, table, floor, streaming, start, stop
+    x, residual, bits, out, M, C, L, rows, block, weight, bias, running_mean, running_var, eps,
+    table, floor, streaming, start, stop,
 ):
     """Items start:stop of the grid (block of channels) × (rows), a block's rows in turn."""
-    io = Forward(pointer(x), pointer(residual), pointer(bits), pointer(out))
+    table = ready_table(x, weight, bias, running_mean, running_var, eps, table)
+    io = forward_io(x, residual, bits, out)
     downs = (M + rows - 1) // rows
-    params = columns_buffer(pointer(x), 4, block, L)
+    space = block * L + 2 * LANES
+    buffer = empty_like_computed(io.x, 7 * space)
+    columns = columns_of(pointer(buffer), space)
     spread_block = -1
     for item in range(start, stop):
         c0 = (item // downs) * block
         c1 = min(C, c0 + block)
         m0 = (item % downs) * rows
         if c0 != spread_block:
-            spread_affine(table, c0, c1, L, params)
+            spread_affine(pointer(table), C, c0, c1, L, columns)
             spread_block = c0
         normalize_rows(
-            io, C * L, m0, min(M, m0 + rows), c0 * L, (c1 - c0) * L, params, floor, streaming
+            io, C * L, m0, min(M, m0 + rows), c0 * L, (c1 - c0) * L, columns, floor, streaming
         )
+    return keep_alive(buffer) + keep_alive(table)
 
 
 @kernel
@@ -120,22 +206,23 @@ def forward_planes(
     running_var, momentum, eps, table, floor, streaming, start, stop,
 ):
     """Training, channels start:stop: a channel is summed, then normalized while it is in cache."""
-    io = Forward(pointer(x), pointer(residual), pointer(bits), pointer(out))
-    partials = np.empty((1, chunks, 4))
+    io = forward_io(x, residual, bits, out)
+    channels = channels_of(weight, bias, running_mean, running_var, momentum, eps, table)
+    partials = np.empty(4 * chunks)
+    chunk = pointer(partials)
     row_bits = (L + LANES - 1) // LANES
     for c in range(start, stop):
         shift = first_value(io.x, c * L)
         for k in range(chunks):
-            plane_chunk(io.x, N, C, L, rows, segment, c, k, shift, partials, 0)
-        finish_training(
-            io.x, partials, 0, c, weight, bias, running_mean, running_var, momentum, eps,
-            table,
-        )
+            plane_chunk(io.x, N, C, L, rows, segment, c, k, shift, offset(chunk, 4 * k))
+        finish_training(io.x, chunk, chunks, channels, c)
+        affine = affine_of(io.x, channels.table, C, c)
         for n in range(N):
             row = n * C + c
             normalize_plane(
-                io, row * L, (row + 1) * L, row * row_bits, table, c, floor, streaming
+                io, row * L, (row + 1) * L, row * row_bits, affine, floor, streaming
             )
+    return keep_alive(partials)
 
 
 @kernel
@@ -144,24 +231,30 @@ def forward_columns(
     momentum, eps, table, floor, streaming, start, stop,
 ):
     """Training, blocks of channels start:stop, each summed, then normalized while in cache."""
-    io = Forward(pointer(x), pointer(residual), pointer(bits), pointer(out))
-    work = np.empty((4, block * L + LANES))
-    params = columns_buffer(pointer(x), 4, block, L)
-    partials = np.empty((block, chunks, 4))
+    io = forward_io(x, residual, bits, out)
+    channels = channels_of(weight, bias, running_mean, running_var, momentum, eps, table)
+    space = block * L + 2 * LANES
+    work = np.empty(4 * space)
+    buffer = empty_like_computed(io.x, 7 * space)
+    columns = columns_of(pointer(buffer), space)
+    partials = np.empty(4 * block * chunks)
+    chunk = pointer(partials)
     for item in range(start, stop):
         c0 = item * block
         c1 = min(C, c0 + block)
         for k in range(chunks):
             column_chunk(
-                io.x, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, work, partials, 0
+                io.x, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, pointer(work), space,
+                chunk, chunks,
             )
         for c in range(c0, c1):
-            finish_training(
-                io.x, partials, c - c0, c, weight, bias, running_mean,
-                running_var, momentum, eps, table,
-            )
-        spread_affine(table, c0, c1, L, params)
-        normalize_rows(io, C * L, 0, M, c0 * L, (c1 - c0) * L, params, floor, streaming)
+            finish_training(io.x, offset(chunk, 4 * chunks * (c - c0)), chunks, channels, c)
+        spread_affine(channels.table, C, c0, c1, L, columns)
+        normalize_rows(io, C * L, 0, M, c0 * L, (c1 - c0) * L, columns, floor, streaming)
+    return keep_alive(work) + keep_alive(buffer) + keep_alive(partials)
+
+
+# --- backward ---------------------------------------------------------------------------------
 
 
 @kernel
@@ -170,15 +263,14 @@ def backward_sums_planes(
     relu, streaming, start, stop,
 ):
     """Chunks start:stop of all channels' chunks; in eval mode, with the input gradient."""
-    io = Backward(
-        pointer(grad_output), pointer(x), pointer(bits), pointer(grad_input),
-        pointer(grad_residual),
-    )
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual)
     chunks = partials.shape[1]
     for item in range(start, stop):
         c = item // chunks
+        affine = affine_of(io.x, pointer(table), C, c)
         plane_grad_chunk(
-            io, N, C, L, rows, segment, c, item % chunks, table, relu, streaming, partials, c
+            io, N, C, L, rows, segment, c, item % chunks, affine, relu, streaming,
+            offset(pointer(partials), 3 * item),
         )
 
 
@@ -188,32 +280,46 @@ def backward_sums_columns(
     streaming, start, stop,
 ):
     """Items start:stop of the grid (block of channels) × (chunk of rows); see planes."""
-    io = Backward(
-        pointer(grad_output), pointer(x), pointer(bits), pointer(grad_input),
-        pointer(grad_residual),
-    )
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual)
     chunks = partials.shape[1]
-    work = np.empty((2, block * L + LANES))
-    params = columns_buffer(pointer(x), 4, block, L)
+    space = block * L + 2 * LANES
+    work = np.empty(2 * space)
+    buffer = empty_like_computed(io.x, 7 * space)
+    columns = columns_of(pointer(buffer), space)
     spread_block = -1
     for item in range(start, stop):
         k = item % chunks
         c0 = (item // chunks) * block
         c1 = min(C, c0 + block)
         if c0 != spread_block:
-            spread_affine(table, c0, c1, L, params)
+            spread_affine(pointer(table), C, c0, c1, L, columns)
             spread_block = c0
         column_grad_chunk(
-            io, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, params, relu, streaming,
-            work, partials, c0,
+            io, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, columns, relu, streaming,
+            pointer(work), space, offset(pointer(partials), 3 * chunks * c0), chunks,
         )
+    return keep_alive(work) + keep_alive(buffer)
 
 
 @kernel
 def finish_sums(x, partials, table, sums, slopes):
     """From all chunks of all channels to ``sums`` and ``slopes``."""
-    for c in range(partials.shape[0]):
-        finish_backward(pointer(x), partials, c, c, table, sums, slopes)
+    C, chunks, _ = partials.shape
+    for c in range(C):
+        finish_backward(
+            pointer(x), offset(pointer(partials), 3 * chunks * c), chunks, C, c, pointer(table),
+            pointer(sums), pointer(slopes),
+        )
+
+
+@kernel
+def finish_slopes(x, count, sum_dy, sum_dy_xmu, table, slopes):
+    """Fill `slopes` from sums of all workers, relative to the exact mean."""
+    C = sum_dy.size
+    for c in range(C):
+        mean_dy_xhat = sum_dy_xmu[c] * table[INVSTD, c] / count
+        mean_dy = sum_dy[c] / count
+        fill_slopes(pointer(x), C, c, mean_dy, mean_dy_xhat, pointer(table), pointer(slopes))
 
 
 @kernel
@@ -222,10 +328,7 @@ def backward_elements_planes(
     streaming, start, stop,
 ):
     """Training, given the sums: items start:stop of the segments of all planes."""
-    io = Backward(
-        pointer(grad_output), pointer(x), pointer(bits), pointer(grad_input),
-        pointer(grad_residual),
-    )
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual)
     across = (L + segment - 1) // segment
     row_bits = (L + LANES - 1) // LANES
     for item in range(start, stop):
@@ -233,7 +336,9 @@ def backward_elements_planes(
         l0 = (item % across) * segment
         l1 = min(L, l0 + segment)
         bit = row * row_bits + l0 // LANES
-        plane_elements(io, row * L + l0, row * L + l1, bit, table, slopes, row % C, relu, streaming)
+        affine = affine_of(io.x, pointer(table), C, row % C)
+        own = slopes_of(io.x, pointer(slopes), C, row % C)
+        plane_elements(io, row * L + l0, row * L + l1, bit, affine, own, relu, streaming)
 
 
 @kernel
@@ -242,24 +347,24 @@ def backward_elements_columns(
     streaming, start, stop,
 ):
     """Training, given the sums: items start:stop of the grid (block of channels) × (rows)."""
-    io = Backward(
-        pointer(grad_output), pointer(x), pointer(bits), pointer(grad_input),
-        pointer(grad_residual),
-    )
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual)
     downs = (M + rows - 1) // rows
-    params = columns_buffer(pointer(x), 7, block, L)
+    space = block * L + 2 * LANES
+    buffer = empty_like_computed(io.x, 7 * space)
+    columns = columns_of(pointer(buffer), space)
     spread_block = -1
     for item in range(start, stop):
         c0 = (item // downs) * block
         c1 = min(C, c0 + block)
         m0 = (item % downs) * rows
         if c0 != spread_block:
-            spread_affine(table, c0, c1, L, params)
-            spread_slopes(slopes, c0, c1, L, params)
+            spread_affine(pointer(table), C, c0, c1, L, columns)
+            spread_slopes(pointer(slopes), C, c0, c1, L, columns)
             spread_block = c0
         column_elements(
-            io, C * L, m0, min(M, m0 + rows), c0 * L, (c1 - c0) * L, params, relu, streaming
+            io, C * L, m0, min(M, m0 + rows), c0 * L, (c1 - c0) * L, columns, relu, streaming
         )
+    return keep_alive(buffer)
 
 
 @kernel
@@ -268,24 +373,27 @@ def backward_planes(
     slopes, relu, streaming, start, stop,
 ):
     """Training, channels start:stop: summed, then differentiated while x and dy are in cache."""
-    io = Backward(
-        pointer(grad_output), pointer(x), pointer(bits), pointer(grad_input),
-        pointer(grad_residual),
-    )
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual)
     reading = Backward(io.grad_output, io.x, io.bits, None, None)
-    partials = np.empty((1, chunks, 3))
+    partials = np.empty(3 * chunks)
+    chunk = pointer(partials)
     row_bits = (L + LANES - 1) // LANES
     for c in range(start, stop):
+        affine = affine_of(io.x, pointer(table), C, c)
         for k in range(chunks):
             plane_grad_chunk(
-                reading, N, C, L, rows, segment, c, k, table, relu, False, partials, 0
+                reading, N, C, L, rows, segment, c, k, affine, relu, False, offset(chunk, 3 * k)
             )
-        finish_backward(io.x, partials, 0, c, table, sums, slopes)
+        finish_backward(
+            io.x, chunk, chunks, C, c, pointer(table), pointer(sums), pointer(slopes)
+        )
+        own = slopes_of(io.x, pointer(slopes), C, c)
         for n in range(N):
             row = n * C + c
             plane_elements(
-                io, row * L, (row + 1) * L, row * row_bits, table, slopes, c, relu, streaming
+                io, row * L, (row + 1) * L, row * row_bits, affine, own, relu, streaming
             )
+    return keep_alive(partials)
 
 
 @kernel
@@ -294,64 +402,28 @@ def backward_columns(
     slopes, relu, streaming, start, stop,
 ):
     """Training, blocks of channels start:stop, summed, then differentiated while in cache."""
-    io = Backward(
-        pointer(grad_output), pointer(x), pointer(bits), pointer(grad_input),
-        pointer(grad_residual),
-    )
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual)
     reading = Backward(io.grad_output, io.x, io.bits, None, None)
-    work = np.empty((2, block * L + LANES))
-    params = columns_buffer(pointer(x), 7, block, L)
-    partials = np.empty((block, chunks, 3))
+    space = block * L + 2 * LANES
+    work = np.empty(2 * space)
+    buffer = empty_like_computed(io.x, 7 * space)
+    columns = columns_of(pointer(buffer), space)
+    partials = np.empty(3 * block * chunks)
+    chunk = pointer(partials)
     for item in range(start, stop):
         c0 = item * block
         c1 = min(C, c0 + block)
-        spread_affine(table, c0, c1, L, params)
+        spread_affine(pointer(table), C, c0, c1, L, columns)
         for k in range(chunks):
             column_grad_chunk(
-                reading, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, params, relu, False,
-                work, partials, 0,
+                reading, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, columns, relu, False,
+                pointer(work), space, chunk, chunks,
             )
         for c in range(c0, c1):
-            finish_backward(io.x, partials, c - c0, c, table, sums, slopes)
-        spread_slopes(slopes, c0, c1, L, params)
-        column_elements(io, C * L, 0, M, c0 * L, (c1 - c0) * L, params, relu, streaming)
-
-
-# --- once per channel: see `channels` ---------------------------------------------------------
-
-
-@kernel
-def merge_stats(partials, mean, m2):
-    """Mean and m2 of every channel from its chunks."""
-    for c in range(mean.size):
-        count, center, total, m2[c] = merge_chunks(partials, c)
-        mean[c] = center + total / count
-
-
-@kernel
-def finish_eval(x, running_mean, running_var, weight, bias, eps, table):
-    """Fill the table from the running statistics."""
-    for c in range(running_mean.size):
-        invstd = 1.0 / np.sqrt(np.float64(running_var[c]) + eps)
-        finish_given(x, np.float64(running_mean[c]), invstd, weight, bias, table, c)
-
-
-@kernel
-def finish_known(x, mean, invstd, weight, bias, table):
-    """Fill the table from float64 mean and invstd."""
-    for c in range(mean.size):
-        finish_given(x, mean[c], invstd[c], weight, bias, table, c)
-
-
-@function
-def finish_given(x, mean, invstd, weight, bias, table, c):
-    rounded, low = round_mean(pointer(x), mean)
-    fill_column(table, c, rounded, finite(low * invstd), invstd, weight, bias)
-
-
-@kernel
-def finish_slopes(x, count, sum_dy, sum_dy_xmu, table, slopes):
-    """Fill `slopes` from sums of all workers, relative to the exact mean."""
-    for c in range(sum_dy.size):
-        mean_dy_xhat = sum_dy_xmu[c] * table[INVSTD, c] / count
-        fill_slopes(pointer(x), c, sum_dy[c] / count, mean_dy_xhat, table, slopes)
+            finish_backward(
+                io.x, offset(chunk, 3 * chunks * (c - c0)), chunks, C, c, pointer(table),
+                pointer(sums), pointer(slopes),
+            )
+        spread_slopes(pointer(slopes), C, c0, c1, L, columns)
+        column_elements(io, C * L, 0, M, c0 * L, (c1 - c0) * L, columns, relu, streaming)
+    return keep_alive(work) + keep_alive(buffer) + keep_alive(partials)
