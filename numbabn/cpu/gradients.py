@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from numbabn.cpu.channels import COUNT, GRAD_MEAN, OFFSET, SLOPE, SUM_DY, SUM_DY_XHAT
-from numbabn.cpu.memory import load, load_upto, offset, put, store
+from numbabn.cpu.memory import load, load_upto, offset, prefetch, put, store
 from numbabn.cpu.normalization import affine_at, head_of
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reductions import fold, spread
 from numbabn.cpu.vector import (
     LANES,
     fma,
+    is_double,
     keep,
     positive_bits,
     splat64,
@@ -32,13 +33,18 @@ from numbabn.cpu.vector import (
 
 
 class Backward(NamedTuple):
-    """Pointers to what the backward pass reads and writes; the last three may be None."""
+    """Pointers to what the backward pass reads and writes; the last three may be None.
+
+    Each vector of x and grad_output is read together with a hint that those `ahead` elements on
+    will be.
+    """
 
     grad_output: Any
     x: Any
     bits: Any
     grad_input: Any
     grad_residual: Any
+    ahead: Any
 
 
 class Slopes(NamedTuple):
@@ -68,16 +74,24 @@ def cut_off(bits, g, bit, xmu, affine, relu):
 @inline
 def sum_vector(io, i, bit, count, affine, relu, streaming):
     """`count` lanes of g and of (x - mean) * unit; stores what eval mode knows already."""
+    if io.ahead:
+        prefetch(io.x, i + io.ahead)
+        prefetch(io.grad_output, i + io.ahead)
     xmu = load_upto(io.x, i, count, affine.mean) - affine.mean
     g = gradient_before_relu(io, i, bit, count, xmu, affine, relu)
     put(io.grad_residual, i, count, g, streaming)
     put(io.grad_input, i, count, g * affine.scale, streaming)
-    return widen(g), widen(xmu) * affine.unit
+    if is_double(io.x):
+        return widen(g), widen(xmu) * affine.unit
+    return widen(g), widen(xmu)
 
 
 @inline
 def element_vector(io, i, bit, count, affine, slopes, relu, streaming):
     """Store `count` lanes of the training mode's input gradient."""
+    if io.ahead:
+        prefetch(io.x, i + io.ahead)
+        prefetch(io.grad_output, i + io.ahead)
     xmu = load_upto(io.x, i, count, affine.mean) - affine.mean
     g = gradient_before_relu(io, i, bit, count, xmu, affine, relu)
     put(io.grad_residual, i, count, g, streaming)

@@ -17,6 +17,7 @@ from numbabn.cpu.memory import (
     load,
     load_upto,
     offset,
+    prefetch,
     put,
 )
 from numbabn.cpu.options import function, inline
@@ -34,12 +35,16 @@ from numbabn.cpu.vector import (
 
 
 class Forward(NamedTuple):
-    """Pointers to what the forward pass reads and writes; `residual` and `bits` may be None."""
+    """Pointers to what the forward pass reads and writes; `residual` and `bits` may be None.
+
+    Each vector of x is read together with a hint that the one `ahead` elements on will be.
+    """
 
     x: Any
     residual: Any
     bits: Any
     out: Any
+    ahead: Any
 
 
 class Affine(NamedTuple):
@@ -58,6 +63,8 @@ class Affine(NamedTuple):
 @inline
 def normalize_vector(io, i, bit, count, affine, floor, streaming):
     """`count` lanes at x[i] and out[i]; number `bit` of the bits."""
+    if io.ahead:
+        prefetch(io.x, i + io.ahead)
     value = load_upto(io.x, i, count, affine.mean) - affine.mean
     value = fma(value, affine.scale, affine.shift)
     value = add_residual(io.residual, i, count, value)

@@ -42,20 +42,23 @@ from numbabn.cpu.options import function, inline, kernel
 from numbabn.cpu.reductions import column_chunk, first_value, plane_chunk
 from numbabn.cpu.vector import LANES
 
+# Elements of one array beyond which it pays to prefetch rows of columns.
+BEYOND_L2 = 1 << 21
+
 # fmt: off
 # The long lists of arguments below are easier to compare when they are set like text.
 
 
 @inline
-def forward_io(x, residual, bits, out):
-    return Forward(pointer(x), pointer(residual), pointer(bits), pointer(out))
+def forward_io(x, residual, bits, out, ahead):
+    return Forward(pointer(x), pointer(residual), pointer(bits), pointer(out), ahead)
 
 
 @inline
-def backward_io(grad_output, x, bits, grad_input, grad_residual):
+def backward_io(grad_output, x, bits, grad_input, grad_residual, ahead):
     return Backward(
         pointer(grad_output), pointer(x), pointer(bits), pointer(grad_input),
-        pointer(grad_residual),
+        pointer(grad_residual), ahead,
     )
 
 
@@ -153,7 +156,7 @@ def normalize_planes(
 ):
     """Items start:stop of the segments of all planes, in the order of memory."""
     table = ready_table(x, weight, bias, running_mean, running_var, eps, table)
-    io = forward_io(x, residual, bits, out)
+    io = forward_io(x, residual, bits, out, 0)
     to_table = pointer(table)
     across = (L + segment - 1) // segment
     row_bits = (L + LANES - 1) // LANES
@@ -181,7 +184,7 @@ def normalize_columns(
 ):
     """Items start:stop of the grid (block of channels) × (rows), a block's rows in turn."""
     table = ready_table(x, weight, bias, running_mean, running_var, eps, table)
-    io = forward_io(x, residual, bits, out)
+    io = forward_io(x, residual, bits, out, 0)
     downs = (M + rows - 1) // rows
     space = block * L + 2 * LANES
     buffer = empty_like_computed(io.x, 7 * space)
@@ -206,7 +209,7 @@ def forward_planes(
     running_var, momentum, eps, table, floor, streaming, start, stop,
 ):
     """Training, channels start:stop: a channel is summed, then normalized while it is in cache."""
-    io = forward_io(x, residual, bits, out)
+    io = forward_io(x, residual, bits, out, L)
     channels = channels_of(weight, bias, running_mean, running_var, momentum, eps, table)
     partials = np.empty(4 * chunks)
     chunk = pointer(partials)
@@ -231,7 +234,7 @@ def forward_columns(
     momentum, eps, table, floor, streaming, start, stop,
 ):
     """Training, blocks of channels start:stop, each summed, then normalized while in cache."""
-    io = forward_io(x, residual, bits, out)
+    io = forward_io(x, residual, bits, out, block * L)
     channels = channels_of(weight, bias, running_mean, running_var, momentum, eps, table)
     space = block * L + 2 * LANES
     work = np.empty(4 * space)
@@ -263,7 +266,7 @@ def backward_sums_planes(
     relu, streaming, start, stop,
 ):
     """Chunks start:stop of all channels' chunks; in eval mode, with the input gradient."""
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual)
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, L)
     chunks = partials.shape[1]
     for item in range(start, stop):
         c = item // chunks
@@ -280,7 +283,7 @@ def backward_sums_columns(
     streaming, start, stop,
 ):
     """Items start:stop of the grid (block of channels) × (chunk of rows); see planes."""
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual)
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, 4 * C * L if M * C * L > BEYOND_L2 else 0)
     chunks = partials.shape[1]
     space = block * L + 2 * LANES
     work = np.empty(2 * space)
@@ -328,7 +331,7 @@ def backward_elements_planes(
     streaming, start, stop,
 ):
     """Training, given the sums: items start:stop of the segments of all planes."""
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual)
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, 0)
     across = (L + segment - 1) // segment
     row_bits = (L + LANES - 1) // LANES
     for item in range(start, stop):
@@ -347,7 +350,7 @@ def backward_elements_columns(
     streaming, start, stop,
 ):
     """Training, given the sums: items start:stop of the grid (block of channels) × (rows)."""
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual)
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, 0)
     downs = (M + rows - 1) // rows
     space = block * L + 2 * LANES
     buffer = empty_like_computed(io.x, 7 * space)
@@ -373,8 +376,8 @@ def backward_planes(
     slopes, relu, streaming, start, stop,
 ):
     """Training, channels start:stop: summed, then differentiated while x and dy are in cache."""
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual)
-    reading = Backward(io.grad_output, io.x, io.bits, None, None)
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, L)
+    reading = Backward(io.grad_output, io.x, io.bits, None, None, 0)
     partials = np.empty(3 * chunks)
     chunk = pointer(partials)
     row_bits = (L + LANES - 1) // LANES
@@ -402,8 +405,8 @@ def backward_columns(
     slopes, relu, streaming, start, stop,
 ):
     """Training, blocks of channels start:stop, summed, then differentiated while in cache."""
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual)
-    reading = Backward(io.grad_output, io.x, io.bits, None, None)
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, block * L)
+    reading = Backward(io.grad_output, io.x, io.bits, None, None, 0)
     space = block * L + 2 * LANES
     work = np.empty(2 * space)
     buffer = empty_like_computed(io.x, 7 * space)
