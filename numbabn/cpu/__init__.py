@@ -105,7 +105,7 @@ def stats(x: Array, view: View) -> tuple[Array, Array]:
     """Mean and m2 of each channel."""
     partials = batch_stats(x, view)
     mean, m2 = np.empty(view.C), np.empty(view.C)
-    serial.merge_stats(partials, mean, m2)
+    serial.merge_stats(x, partials, mean, m2)
     return mean, m2
 
 

@@ -97,7 +97,7 @@ def finite(correction):
 
 
 @function
-def merge_chunks(partials, chunks):
+def merge_chunks(x, partials, chunks):
     """Count, center, sum of ``x - center``, and m2 of a channel, from its chunks in order.
 
     The pooled form of Chan, Golub & LeVeque (1979): first the common mean, then
@@ -107,6 +107,19 @@ def merge_chunks(partials, chunks):
     if chunks == 1:
         return partials[COUNT], center, partials[SUM], partials[M2]
     count = total = lost = 0.0
+    if not is_double(x):  # all have one center, and float64 has precision to spare
+        for k in range(chunks):
+            count += partials[4 * k + COUNT]
+            total += partials[4 * k + SUM]
+        mean, m2 = total / count, 0.0
+        n, per_value = 0.0, 0.0
+        for k in range(chunks):
+            if n != partials[4 * k + COUNT]:
+                n = partials[4 * k + COUNT]
+                per_value = 1.0 / n
+            apart = partials[4 * k + SUM] * per_value - mean
+            m2 += partials[4 * k + M2] + n * apart * apart
+        return count, center, total, m2
     for k in range(chunks):
         n = partials[4 * k + COUNT]
         count += n
@@ -153,7 +166,7 @@ def finish_given(x, mean, invstd, channels, c):
 @function
 def finish_training(x, partials, chunks, channels, c):
     """Merge a channel's chunks, update its running statistics, fill its column of the table."""
-    count, center, total, m2 = merge_chunks(partials, chunks)
+    count, center, total, m2 = merge_chunks(x, partials, chunks)
     mean = center + total / count
     momentum = channels.momentum
     if channels.has_mean:
@@ -179,6 +192,10 @@ def finish_backward(x, partials, chunks, C, c, table, sums, slopes):
     count = sum_dy = sum_dy_xhat = lost_dy = lost_dy_xhat = 0.0
     for k in range(chunks):
         count += partials[3 * k + COUNT]
+        if not is_double(x):
+            sum_dy += partials[3 * k + SUM_DY]
+            sum_dy_xhat += partials[3 * k + SUM_DY_XHAT]
+            continue
         sum_dy, lost_dy = add_compensated(sum_dy, lost_dy, partials[3 * k + SUM_DY])
         sum_dy_xhat, lost_dy_xhat = add_compensated(
             sum_dy_xhat, lost_dy_xhat, partials[3 * k + SUM_DY_XHAT]

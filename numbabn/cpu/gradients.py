@@ -268,11 +268,37 @@ def column_grad_chunk(
         chunk[SUM_DY_XHAT] = fold(products, c, L)
 
 
+@inline
+def four_elements(io, i, K, bit, row_bits, count, affine, slopes, relu, streaming):
+    """Four rows, so that what is known of the columns is loaded once."""
+    element_vector(io, i, bit, count, affine, slopes, relu, streaming)
+    element_vector(io, i + K, bit + row_bits, count, affine, slopes, relu, streaming)
+    element_vector(io, i + 2 * K, bit + 2 * row_bits, count, affine, slopes, relu, streaming)
+    element_vector(io, i + 3 * K, bit + 3 * row_bits, count, affine, slopes, relu, streaming)
+
+
 @function
 def column_elements(io, K, m0, m1, k0, width, columns, relu, streaming):
     """Training's input gradient of rows m0:m1, columns k0:k0+width."""
     row_bits = (K + LANES - 1) // LANES
-    for m in range(m0, m1):
+    m = m0
+    while m + 4 <= m1 and (K % LANES == 0 or not streaming):
+        i = m * K + k0
+        bit = m * row_bits + k0 // LANES
+        j = head_of(io.grad_input, io.bits, i, i + width, streaming)
+        if j > 0:
+            affine, slopes = affine_at(columns, 0), slopes_at(columns, 0)
+            four_elements(io, i, K, bit, row_bits, j, affine, slopes, relu, False)
+        while j + LANES <= width:
+            affine, slopes = affine_at(columns, j), slopes_at(columns, j)
+            four_elements(io, i + j, K, bit, row_bits, LANES, affine, slopes, relu, streaming)
+            j += LANES
+            bit += 1
+        if j < width:
+            affine, slopes = affine_at(columns, j), slopes_at(columns, j)
+            four_elements(io, i + j, K, bit, row_bits, width - j, affine, slopes, relu, False)
+        m += 4
+    while m < m1:
         i = m * K + k0
         bit = m * row_bits + k0 // LANES
         j = head_of(io.grad_input, io.bits, i, i + width, streaming)
@@ -287,3 +313,4 @@ def column_elements(io, K, m0, m1, k0, width, columns, relu, streaming):
         if j < width:
             affine, slopes = affine_at(columns, j), slopes_at(columns, j)
             element_vector(io, i + j, bit, width - j, affine, slopes, relu, False)
+        m += 1

@@ -272,3 +272,9 @@ def put(target, index, count, value, streaming):
             stream(target, index, value)
         else:
             store(target, index, value)
+
+
+@inline
+def aligned(source):
+    """The first element at or after `source` that is on a boundary of 64 bytes."""
+    return offset(source, elements_to_boundary(source, 0))

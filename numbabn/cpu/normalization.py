@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from numbabn.cpu.channels import INVSTD, MEAN, SCALE, SHIFT
 from numbabn.cpu.memory import (
+    aligned,
     elements_to_boundary,
     load,
     load_upto,
@@ -127,6 +128,9 @@ def normalize_plane(io, i, end, bit, affine, floor, streaming):
 # --- columns --------------------------------------------------------------------------------
 
 
+COLUMN_ROWS = 7
+
+
 class Columns(NamedTuple):
     """Pointers to one number for each column of a block, in the order of `Affine` and `Slopes`."""
 
@@ -141,7 +145,8 @@ class Columns(NamedTuple):
 
 @inline
 def columns_of(buffer, space):
-    """`buffer` has room for seven times `space` numbers."""
+    """`buffer` has room for `COLUMN_ROWS` times `space` numbers, a multiple of 16."""
+    buffer = aligned(buffer)
     return Columns(
         buffer,
         offset(buffer, space),
@@ -170,12 +175,38 @@ def affine_at(columns, j):
     return Affine(load(columns.mean, j), load(columns.scale, j), load(columns.shift, j), unit)
 
 
+@inline
+def normalize_four(io, i, K, bit, row_bits, count, affine, floor, streaming):
+    """Four rows, so that what is known of the columns is loaded once."""
+    normalize_vector(io, i, bit, count, affine, floor, streaming)
+    normalize_vector(io, i + K, bit + row_bits, count, affine, floor, streaming)
+    normalize_vector(io, i + 2 * K, bit + 2 * row_bits, count, affine, floor, streaming)
+    normalize_vector(io, i + 3 * K, bit + 3 * row_bits, count, affine, floor, streaming)
+
+
 @function
 def normalize_rows(io, K, m0, m1, k0, width, columns, floor, streaming):
     """Rows m0:m1 of columns k0:k0+width."""
     row_bits = (K + LANES - 1) // LANES
     lowest = splat_like(io.x, floor)
-    for m in range(m0, m1):
+    m = m0
+    # Rows that begin alike, relative to a boundary, can be worked on together.
+    while m + 4 <= m1 and (K % LANES == 0 or not streaming):
+        i = m * K + k0
+        bit = m * row_bits + k0 // LANES
+        j = head_of(io.out, io.bits, i, i + width, streaming)
+        if j > 0:
+            normalize_four(io, i, K, bit, row_bits, j, affine_at(columns, 0), lowest, False)
+        while j + LANES <= width:
+            affine = affine_at(columns, j)
+            normalize_four(io, i + j, K, bit, row_bits, LANES, affine, lowest, streaming)
+            j += LANES
+            bit += 1
+        if j < width:
+            affine = affine_at(columns, j)
+            normalize_four(io, i + j, K, bit, row_bits, width - j, affine, lowest, False)
+        m += 4
+    while m < m1:
         i = m * K + k0
         bit = m * row_bits + k0 // LANES
         j = head_of(io.out, io.bits, i, i + width, streaming)
@@ -187,3 +218,4 @@ def normalize_rows(io, K, m0, m1, k0, width, columns, floor, streaming):
             bit += 1
         if j < width:
             normalize_vector(io, i + j, bit, width - j, affine_at(columns, j), lowest, False)
+        m += 1

@@ -13,7 +13,7 @@ belongs to channel k // L.
 import numpy as np
 
 from numbabn.cpu.channels import CENTER, COUNT, M2, SUM
-from numbabn.cpu.memory import load, load_first, load_upto, offset, scalar, store
+from numbabn.cpu.memory import load, load_first, load_upto, offset, prefetch, scalar, store
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.vector import (
     LANES,
@@ -48,8 +48,11 @@ def store_moments(chunk, count, center, total, squares):
 
 
 @function
-def plane_sums(x, C, L, c, n0, n1, l0, l1, shift):
-    """Sums of ``d = x - shift`` and of ``d * d`` over rows n0:n1, columns l0:l1 of a channel."""
+def plane_sums(x, C, L, c, n0, n1, l0, l1, shift, ahead):
+    """Sums of ``d = x - shift`` and of ``d * d`` over rows n0:n1, columns l0:l1 of a channel.
+
+    What lies `ahead` elements on is asked for on the way.
+    """
     center = splat64(shift)
     fill = splat_like(x, shift)
     total_a = splat64(0.0)
@@ -60,6 +63,9 @@ def plane_sums(x, C, L, c, n0, n1, l0, l1, shift):
         i = (n * C + c) * L + l0
         end = i + l1 - l0
         while i + 2 * LANES <= end:  # two chains of additions, to hide their latency
+            if ahead:
+                prefetch(x, i + ahead)
+                prefetch(x, i + ahead + LANES)
             a = widen(load(x, i)) - center
             b = widen(load(x, i + LANES)) - center
             total_a = total_a + a
@@ -80,7 +86,7 @@ def plane_sums(x, C, L, c, n0, n1, l0, l1, shift):
 
 
 @function
-def plane_chunk(x, N, C, L, rows, segment, c, k, shift, chunk):
+def plane_chunk(x, N, C, L, rows, segment, c, k, shift, ahead, chunk):
     """Statistics of chunk k of channel c, relative to `shift`, into `chunk`."""
     across = (L + segment - 1) // segment
     n0 = (k // across) * rows
@@ -88,10 +94,10 @@ def plane_chunk(x, N, C, L, rows, segment, c, k, shift, chunk):
     l0 = (k % across) * segment
     l1 = min(L, l0 + segment)
     count = np.float64((n1 - n0) * (l1 - l0))
-    total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift)
+    total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift, ahead)
     if is_double(x) and np.isfinite(total):
         shift += total / count
-        total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift)
+        total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift, 0)
     store_moments(chunk, count, shift, total, squares)
 
 

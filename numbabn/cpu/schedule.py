@@ -28,6 +28,9 @@ CHUNK = 1 << 15
 CHUNK_FLOAT64 = 1 << 13
 # Likewise the most rows of columns in a chunk, as long as chunks are not too many.
 CHUNK_ROWS = 256
+# Columns of other dtypes are cut into chunks of about this many values of all channels, or CHUNK
+# values of a block: each chunk of each channel has to be merged.
+CHUNK_COLUMNS = 1 << 17
 # All chunks together make at most about this many entries of 32 bytes.
 MOST_CHUNKS = 1 << 14
 # Columns summed at a time: their running sums and parameters fit L1.
@@ -135,9 +138,12 @@ def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
 def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
     M, C, L = view.sizes
     block = min(C, max(16, COLUMNS // L // 16 * 16))  # × 16: rows of `bits` start on a number
-    values = CHUNK_FLOAT64 if itemsize == 8 else CHUNK
     most = max(1, MOST_CHUNKS // C)
-    rows = min(M, max(8, min(CHUNK_ROWS, values // (block * L)), -(-M // most)))
+    if itemsize == 8:
+        rows = min(CHUNK_ROWS, CHUNK_FLOAT64 // (block * L))
+    else:
+        rows = max(min(CHUNK_COLUMNS // (C * L), -(-M // 8)), CHUNK // (block * L))
+    rows = min(M, max(8, rows, -(-M // most)))
     chunks = -(-M // rows)
     # The chunks' rows are settled; narrower blocks of columns give more threads something to do.
     while chunks * -(-C // block) < 4 * threads and block * L >= 128 and block >= 32:

@@ -29,8 +29,9 @@ from numbabn.cpu.gradients import (
     slopes_of,
     spread_slopes,
 )
-from numbabn.cpu.memory import empty_like_computed, offset, pointer
+from numbabn.cpu.memory import aligned, empty_like_computed, offset, pointer
 from numbabn.cpu.normalization import (
+    COLUMN_ROWS,
     Forward,
     affine_of,
     columns_of,
@@ -42,6 +43,8 @@ from numbabn.cpu.options import function, inline, kernel
 from numbabn.cpu.reductions import column_chunk, first_value, plane_chunk
 from numbabn.cpu.vector import LANES
 
+# Values of a channel of which two arrays fit L2 twice.
+SMALL_CHANNEL = 1 << 15
 # Elements of one array beyond which it pays to prefetch rows of columns.
 BEYOND_L2 = 1 << 21
 
@@ -69,6 +72,23 @@ def keep_alive(buffer):
     return buffer.size
 
 
+@inline
+def ahead_of_channel(N, L):
+    """How far to prefetch while a channel is summed, and while it is written.
+
+    Either way L elements on is the same row of the next channel. A channel that fits L2 beside
+    the next is fetched while this one is summed; of a larger one the fetching is spread over the
+    writing, which keeps memory busy in both directions.
+    """
+    return (L, 0) if N * L <= SMALL_CHANNEL else (0, L)
+
+
+@inline
+def room(width):
+    """Numbers to set aside for `width` columns: whole vectors, and one that begins at the last."""
+    return (width + 2 * LANES - 1) // LANES * LANES
+
+
 # --- statistics -------------------------------------------------------------------------------
 
 
@@ -81,7 +101,7 @@ def stats_planes(x, N, C, L, rows, segment, partials, start, stop):
         c = item // chunks
         shift = first_value(to_x, c * L)
         plane_chunk(
-            to_x, N, C, L, rows, segment, c, item % chunks, shift, offset(chunk, 4 * item)
+            to_x, N, C, L, rows, segment, c, item % chunks, shift, L, offset(chunk, 4 * item)
         )
 
 
@@ -89,14 +109,14 @@ def stats_planes(x, N, C, L, rows, segment, partials, start, stop):
 def stats_columns(x, M, C, L, rows, block, partials, start, stop):
     """Items start:stop of the grid (block of channels) × (chunk of rows)."""
     chunks = partials.shape[1]
-    space = block * L + LANES
-    work = np.empty(4 * space)
+    space = room(block * L)
+    work = np.empty(4 * space + LANES)
     for item in range(start, stop):
         k = item % chunks
         c0 = (item // chunks) * block
         column_chunk(
             pointer(x), C, L, k, k * rows, min(M, (k + 1) * rows), c0, min(C, c0 + block),
-            pointer(work), space, offset(pointer(partials), 4 * chunks * c0), chunks,
+            aligned(pointer(work)), space, offset(pointer(partials), 4 * chunks * c0), chunks,
         )
     return keep_alive(work)
 
@@ -112,12 +132,12 @@ def finish_stats(x, partials, weight, bias, running_mean, running_var, momentum,
 
 
 @kernel
-def merge_stats(partials, mean, m2):
+def merge_stats(x, partials, mean, m2):
     """Mean and m2 of every channel from its chunks."""
     C, chunks, _ = partials.shape
     for c in range(C):
         chunk = offset(pointer(partials), 4 * chunks * c)
-        count, center, total, m2[c] = merge_chunks(chunk, chunks)
+        count, center, total, m2[c] = merge_chunks(pointer(x), chunk, chunks)
         mean[c] = center + total / count
 
 
@@ -186,8 +206,8 @@ def normalize_columns(
     table = ready_table(x, weight, bias, running_mean, running_var, eps, table)
     io = forward_io(x, residual, bits, out, 0)
     downs = (M + rows - 1) // rows
-    space = block * L + 2 * LANES
-    buffer = empty_like_computed(io.x, 7 * space)
+    space = room(block * L)
+    buffer = empty_like_computed(io.x, COLUMN_ROWS * space + LANES)
     columns = columns_of(pointer(buffer), space)
     spread_block = -1
     for item in range(start, stop):
@@ -209,7 +229,8 @@ def forward_planes(
     running_var, momentum, eps, table, floor, streaming, start, stop,
 ):
     """Training, channels start:stop: a channel is summed, then normalized while it is in cache."""
-    io = forward_io(x, residual, bits, out, L)
+    sums_ahead, elements_ahead = ahead_of_channel(N, L)
+    io = forward_io(x, residual, bits, out, elements_ahead)
     channels = channels_of(weight, bias, running_mean, running_var, momentum, eps, table)
     partials = np.empty(4 * chunks)
     chunk = pointer(partials)
@@ -217,7 +238,7 @@ def forward_planes(
     for c in range(start, stop):
         shift = first_value(io.x, c * L)
         for k in range(chunks):
-            plane_chunk(io.x, N, C, L, rows, segment, c, k, shift, offset(chunk, 4 * k))
+            plane_chunk(io.x, N, C, L, rows, segment, c, k, shift, sums_ahead, offset(chunk, 4 * k))
         finish_training(io.x, chunk, chunks, channels, c)
         affine = affine_of(io.x, channels.table, C, c)
         for n in range(N):
@@ -236,9 +257,9 @@ def forward_columns(
     """Training, blocks of channels start:stop, each summed, then normalized while in cache."""
     io = forward_io(x, residual, bits, out, block * L)
     channels = channels_of(weight, bias, running_mean, running_var, momentum, eps, table)
-    space = block * L + 2 * LANES
-    work = np.empty(4 * space)
-    buffer = empty_like_computed(io.x, 7 * space)
+    space = room(block * L)
+    work = np.empty(4 * space + LANES)
+    buffer = empty_like_computed(io.x, COLUMN_ROWS * space + LANES)
     columns = columns_of(pointer(buffer), space)
     partials = np.empty(4 * block * chunks)
     chunk = pointer(partials)
@@ -247,8 +268,8 @@ def forward_columns(
         c1 = min(C, c0 + block)
         for k in range(chunks):
             column_chunk(
-                io.x, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, pointer(work), space,
-                chunk, chunks,
+                io.x, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, aligned(pointer(work)),
+                space, chunk, chunks,
             )
         for c in range(c0, c1):
             finish_training(io.x, offset(chunk, 4 * chunks * (c - c0)), chunks, channels, c)
@@ -283,11 +304,12 @@ def backward_sums_columns(
     streaming, start, stop,
 ):
     """Items start:stop of the grid (block of channels) × (chunk of rows); see planes."""
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual, 4 * C * L if M * C * L > BEYOND_L2 else 0)
+    ahead = 4 * C * L if M * C * L > BEYOND_L2 else 0
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, ahead)
     chunks = partials.shape[1]
-    space = block * L + 2 * LANES
-    work = np.empty(2 * space)
-    buffer = empty_like_computed(io.x, 7 * space)
+    space = room(block * L)
+    work = np.empty(2 * space + LANES)
+    buffer = empty_like_computed(io.x, COLUMN_ROWS * space + LANES)
     columns = columns_of(pointer(buffer), space)
     spread_block = -1
     for item in range(start, stop):
@@ -299,7 +321,7 @@ def backward_sums_columns(
             spread_block = c0
         column_grad_chunk(
             io, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, columns, relu, streaming,
-            pointer(work), space, offset(pointer(partials), 3 * chunks * c0), chunks,
+            aligned(pointer(work)), space, offset(pointer(partials), 3 * chunks * c0), chunks,
         )
     return keep_alive(work) + keep_alive(buffer)
 
@@ -352,8 +374,8 @@ def backward_elements_columns(
     """Training, given the sums: items start:stop of the grid (block of channels) × (rows)."""
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, 0)
     downs = (M + rows - 1) // rows
-    space = block * L + 2 * LANES
-    buffer = empty_like_computed(io.x, 7 * space)
+    space = room(block * L)
+    buffer = empty_like_computed(io.x, COLUMN_ROWS * space + LANES)
     columns = columns_of(pointer(buffer), space)
     spread_block = -1
     for item in range(start, stop):
@@ -376,8 +398,9 @@ def backward_planes(
     slopes, relu, streaming, start, stop,
 ):
     """Training, channels start:stop: summed, then differentiated while x and dy are in cache."""
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual, L)
-    reading = Backward(io.grad_output, io.x, io.bits, None, None, 0)
+    sums_ahead, elements_ahead = ahead_of_channel(N, L)
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, elements_ahead)
+    reading = Backward(io.grad_output, io.x, io.bits, None, None, sums_ahead)
     partials = np.empty(3 * chunks)
     chunk = pointer(partials)
     row_bits = (L + LANES - 1) // LANES
@@ -407,9 +430,9 @@ def backward_columns(
     """Training, blocks of channels start:stop, summed, then differentiated while in cache."""
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, block * L)
     reading = Backward(io.grad_output, io.x, io.bits, None, None, 0)
-    space = block * L + 2 * LANES
-    work = np.empty(2 * space)
-    buffer = empty_like_computed(io.x, 7 * space)
+    space = room(block * L)
+    work = np.empty(2 * space + LANES)
+    buffer = empty_like_computed(io.x, COLUMN_ROWS * space + LANES)
     columns = columns_of(pointer(buffer), space)
     partials = np.empty(3 * block * chunks)
     chunk = pointer(partials)
@@ -420,7 +443,7 @@ def backward_columns(
         for k in range(chunks):
             column_grad_chunk(
                 reading, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, columns, relu, False,
-                pointer(work), space, chunk, chunks,
+                aligned(pointer(work)), space, chunk, chunks,
             )
         for c in range(c0, c1):
             finish_backward(
