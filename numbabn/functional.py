@@ -27,6 +27,9 @@ Array = NDArray[Any]
 
 __all__ = ["Saved", "batch_norm", "batch_norm_backward", "batch_norm_forward"]
 
+_FLOAT32: np.dtype[Any] = np.dtype(np.float32)
+_FLOAT64: np.dtype[Any] = np.dtype(np.float64)
+
 _NOTHING: dict[np.dtype[Any], Array] = {
     np.dtype(t): np.empty(0, t) for t in (np.float32, np.float64)
 }
@@ -78,6 +81,11 @@ class Saved(NamedTuple):
         np.divide(rest, invstd, out=apart, where=rest != 0)
         total: Array = mean + apart
         return total
+
+    @property
+    def sums_dtype(self) -> np.dtype[Any]:
+        """What kernels sum grad_weight and grad_bias to: float32 unless weight is float64."""
+        return _FLOAT64 if self.param_dtype == _FLOAT64 else _FLOAT32
 
     @property
     def invstd(self) -> NDArray[np.float64]:
@@ -453,7 +461,7 @@ def _backward(
             grad_residual = layout.empty(view, saved.shape, saved.dtype)
             dres = layout.flatten(grad_residual, view)
     if dx is not None and saved.training:
-        sums = cpu().backward_train(dy, x, bits, dx, dres, view, table, relu)
+        sums = cpu().backward_train(dy, x, bits, dx, dres, view, table, relu, saved.sums_dtype)
     elif dx is not None and not (want_weight or want_bias or relu):
         # dx = dy * scale: x is not even read
         plain = cpu().known_table(dy, np.zeros(view.C), table[3], np.empty(0), np.empty(0))
@@ -463,24 +471,17 @@ def _backward(
             mean, _ = cpu().stats(dy, view)
             sums = np.stack([mean * view.per_channel, mean])
     elif dx is not None or dres is not None or want_weight or want_bias:
-        sums = cpu().backward_eval(dy, x, bits, dx, dres, view, table, relu)
+        sums = cpu().backward_eval(dy, x, bits, dx, dres, view, table, relu, saved.sums_dtype)
 
     grad_weight = grad_bias = None
     if sums is not None:
-        if saved.param_dtype != np.float64:  # in one go, and infinite where it overflows
-            sums = _narrow(sums, saved.param_dtype)
+        if sums.dtype != saved.param_dtype:
+            with np.errstate(over="ignore"):  # beyond the range of the dtype they are infinite
+                sums = sums.astype(saved.param_dtype)
         grad_bias = sums[0] if want_bias else None
         grad_weight = sums[1] if want_weight else None
     grads = (grad_input, grad_weight, grad_bias)
     return (*grads, grad_residual) if saved.has_residual else grads
-
-
-def _narrow(sums: Array, dtype: np.dtype[Any]) -> Array:
-    """`sums` in the dtype of weight; beyond its range they are infinite."""
-    if dtype.itemsize == 4 and np.abs(sums).max() < 3e38:
-        return sums.astype(dtype)
-    with np.errstate(over="ignore"):
-        return sums.astype(dtype)
 
 
 def _no_gradients(

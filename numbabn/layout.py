@@ -23,7 +23,7 @@ from numbabn import pool
 Array = NDArray[Any]
 
 # Planes shorter than this are taken as columns (measured, see docs/architecture.md).
-SHORT_PLANE = 64
+SHORT_PLANE = 128
 
 
 class View(NamedTuple):

@@ -20,6 +20,8 @@ from numbabn.layout import View
 
 Array = NDArray[Any]
 
+_FLOAT64: np.dtype[Any] = np.dtype(np.float64)
+
 # Stands for channels that are not given, in the type that goes with float32 and with float64 x.
 NOTHING = {False: np.empty(0, np.float32), True: np.empty(0, np.float64)}
 
@@ -150,14 +152,16 @@ def _backward_partials(
 def backward_eval(
     grad_output: Array, x: Array, bits: Array | None, grad_input: Array | None,
     grad_residual: Array | None, view: View, table: Array, relu: bool,
+    dtype: np.dtype[Any] = _FLOAT64,
 ) -> Array:  # fmt: skip
     """One pass: ``sums = (dbias, dweight)``, shape (2, C), and eval's input gradient if wanted.
 
-    Without `grad_input` it serves training too, where only the sums are wanted.
+    Without `grad_input` it serves training too, where only the sums are wanted. `dtype` is that
+    of the sums, float32 or float64.
     """
     arrays = (grad_output, x, bits, grad_input, grad_residual)
     partials = _backward_partials(*arrays, view, table, relu)
-    sums, slopes = np.empty((2, view.C)), np.empty((SLOPE_ROWS, view.C))
+    sums, slopes = np.empty((2, view.C), dtype), np.empty((SLOPE_ROWS, view.C))
     serial.finish_sums(x, partials, table, sums, slopes)
     return sums
 
@@ -180,10 +184,11 @@ def backward_elements(
 def backward_train(
     grad_output: Array, x: Array, bits: Array | None, grad_input: Array,
     grad_residual: Array | None, view: View, table: Array, relu: bool,
+    dtype: np.dtype[Any] = _FLOAT64,
 ) -> Array:  # fmt: skip
     """Training's input gradient and ``sums = (dbias, dweight)``, shape (2, C)."""
     arrays = (grad_output, x, bits, grad_input, grad_residual)
-    sums, slopes = np.empty((2, view.C)), np.empty((SLOPE_ROWS, view.C))
+    sums, slopes = np.empty((2, view.C), dtype), np.empty((SLOPE_ROWS, view.C))
     threads = schedule.threads_for(x.size)
     plan = schedule.plan(view, x.itemsize, threads)
     if not plan.backward_by_channel:

@@ -146,7 +146,8 @@ def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
     rows = min(M, max(8, rows, -(-M // most)))
     chunks = -(-M // rows)
     # The chunks' rows are settled; narrower blocks of columns give more threads something to do.
-    while chunks * -(-C // block) < 4 * threads and block * L >= 128 and block >= 32:
+    short = 4 * threads if threads > 1 else 0
+    while chunks * -(-C // block) < short and block * L >= 128 and block >= 32:
         block = block // 32 * 16
     blocks = -(-C // block)
     # An item of elementwise work reads its block's parameters once, so it should be tall.
