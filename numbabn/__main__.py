@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 __all__ = ["main"]
@@ -47,7 +49,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     warmup = commands.add_parser("warmup", help="compile the kernels into Numba's cache on disk")
-    warmup.set_defaults(run=_warmup)
+    # The names are checked by `numbabn.warmup`; the command line keeps no list of its own.
+    warmup.add_argument(
+        "--dtypes", nargs="+", metavar="D", default=["float32"],
+        help="of float32, float64, float16, bfloat16 (default: float32)",
+    )  # fmt: skip
+    warmup.add_argument(
+        "--layouts", nargs="+", metavar="L", default=["planes", "columns"],
+        help="of planes (NCHW), columns (NHWC, dense layers, small images) (default: both)",
+    )  # fmt: skip
+    warmup.set_defaults(run=_warmup, parser=warmup)
     return parser
 
 
@@ -57,11 +68,74 @@ def _info(arguments: argparse.Namespace) -> None:
     numbabn.show_config()
 
 
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int, str], None]]:
+    """Give a function (done, total, what) that shows progress on stderr if it is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, what: None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+
+        def count(done: int, total: int, what: str) -> None:
+            print(f"\r\033[K{done}/{total} {what}", end="", file=sys.stderr, flush=True)
+
+        try:
+            yield count
+        finally:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        return
+    with tqdm(leave=False) as bar:
+
+        def move(done: int, total: int, what: str) -> None:
+            bar.total = total
+            bar.set_description_str(what, refresh=False)
+            bar.n = done
+            bar.refresh()
+
+        yield move
+
+
+class _Tally:
+    """What was compiled, and what loaded, since the last step, for each dtype and layout."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[float]] = {}
+        self.group = ""
+        self.last = self.now()
+
+    def now(self) -> list[float]:
+        from numbabn.runtime import kernel_counts
+
+        return [*kernel_counts(), time.perf_counter()]
+
+    def step(self, what: str) -> None:
+        now = self.now()
+        if self.group:
+            row = self.rows.setdefault(self.group, [0, 0, 0.0])
+            for i, (new, old) in enumerate(zip(now, self.last, strict=True)):
+                row[i] += new - old
+        self.group, self.last = what.partition(":")[0], now
+
+
 def _warmup(arguments: argparse.Namespace) -> None:
     import numbabn
 
     start = time.perf_counter()
-    numbabn.warmup()
+    tally = _Tally()
+    try:
+        with _bar() as show:
+
+            def progress(done: int, total: int, what: str) -> None:
+                tally.step(what)
+                show(done, total, what)
+
+            numbabn.warmup(arguments.dtypes, arguments.layouts, progress=progress)
+    except (ImportError, ValueError) as error:
+        arguments.parser.error(str(error))
+    for group, (compiled, loaded, seconds) in tally.rows.items():
+        print(f"{group}: {compiled:.0f} kernels compiled, {loaded:.0f} loaded, {seconds:.1f} s")
     print(f"kernels are ready after {time.perf_counter() - start:.1f} s")
 
 

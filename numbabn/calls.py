@@ -71,7 +71,7 @@ def take_channels(x: Array, C: int, **given: Any) -> tuple[Channels, dict[str, A
         array = own.get(name)
         if array is None:
             array = NOTHING[dtype]
-        elif array.dtype != dtype or not array.flags.c_contiguous or not array.flags.writeable:
+        elif array.dtype != dtype or not array.flags.carray:
             array = np.array(array, dtype)
         ready[name] = array
     return Channels(**ready), own

@@ -96,6 +96,7 @@ class _Pool:
     def forked(self) -> None:
         """The child has copies of all blocks, but the lock may have been another thread's."""
         self.lock = threading.Lock()
+        self.idle_bytes = sum(block.size for block in self.idle.values())  # it may be half done
 
     def take(self, size: int) -> _Block:
         size = _round_up(size)

@@ -1,0 +1,234 @@
+"""What the kernels' inner loops look like in the machine's own instructions.
+
+A process with an empty cache compiles the kernels, by ordinary calls, and prints their assembly
+(kernels that are loaded from disk cannot be inspected). `innermost` cuts it into loops, and those
+that do arithmetic on whole vectors, the hot ones, are looked at. Loops that have each of the faults
+looked for are compiled beside them, to see that the search would find it.
+"""
+
+import json
+import re
+
+import llvmlite.binding
+import numba
+import pytest
+from support import run_script
+
+FEATURES = llvmlite.binding.get_host_cpu_features()
+if FEATURES.get("avx512f"):
+    WIDEST = "zmm"
+elif FEATURES.get("avx2") and FEATURES.get("fma"):
+    WIDEST = "ymm"
+else:
+    WIDEST = None
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(WIDEST is None, reason="knows the instructions of AVX2 and AVX-512 only"),
+    pytest.mark.skipif(
+        bool(numba.config.CPU_NAME or numba.config.CPU_FEATURES),
+        reason="Numba is told to compile for another machine",
+    ),
+]
+
+COMPILE = """
+import json
+import math
+import numba
+import numpy as np
+import numbabn
+from numbabn.cpu import serial
+
+numbabn.set_num_threads(1)
+for dtype in (np.float32, np.float16):
+    for shape in ((2, 3, 128), (4, 64)):
+        x, C = np.ones(shape, dtype), shape[1]
+        mean, var = np.zeros(C, np.float32), np.ones(C, np.float32)
+        numbabn.batch_norm_stats(x)
+        numbabn.batch_norm(x, mean, var)
+        numbabn.batch_norm_backward_elemt(x, x, mean, var, None, mean, mean, 1.0)
+        for training in (True, False):
+            y, saved = numbabn.batch_norm_forward(x, mean, var, training=training)
+            numbabn.batch_norm_backward(y, saved)
+
+@numba.njit
+def recurrence(x):
+    total = 0.0
+    for i in range(x.size):
+        total = total * 0.5 + x[i]
+    return total
+
+@numba.njit
+def ordinary_stores(x, out):
+    for i in range(x.size):
+        out[i] = x[i] * 2 + 1
+
+@numba.njit
+def allocating(x):
+    kept = np.empty(1)
+    for i in range(x.size):
+        fresh = np.empty(i)
+        fresh[:1] = x[i]
+        kept = fresh
+    return kept
+
+@numba.njit
+def library(x):
+    total = 0.0
+    for i in range(x.size):
+        total += math.gamma(x[i])
+    return total
+
+@numba.njit
+def wrapped(x, index):
+    total = 0.0
+    for i in range(index.size):
+        total += x[index[i]]
+    return total
+
+x = np.ones(4)
+recurrence(x), ordinary_stores(x, x), allocating(x), library(x), wrapped(x, np.zeros(4, np.int64))
+
+printed = {}
+for name, item in vars(serial).items():
+    if hasattr(item, "stats") and item.stats.cache_path is not None:
+        for signature in item.signatures:
+            key = f"{name} {signature[0].dtype}"
+            printed[key] = printed.get(key, []) + [item.inspect_asm(signature)]
+for item in (recurrence, ordinary_stores, allocating, library, wrapped):
+    printed[item.py_func.__name__] = list(item.inspect_asm().values())
+print(json.dumps(printed))
+"""
+
+LABEL = re.compile(r"^(\.L\w+):")
+JUMP = re.compile(r"^\s+j\w+\s+(\.L\w+)")
+ARITHMETIC = r"\bv(?:add|sub|mul|fn?m(?:add|sub)\d*)"
+PACKED = re.compile(ARITHMETIC + rf"p[sd]\b.*%{WIDEST}")
+SCALAR = re.compile(ARITHMETIC + r"s[sd]\b")
+STREAMING = re.compile(r"\bvmovnt")
+# What slows each turn of a loop. Reference counts are calls, and atomic where those were inlined;
+# the sign of an index is spread out to wrap negative ones round.
+FAULTS = {
+    "atomic": re.compile(r"^\s+lock\b", re.MULTILINE),
+    "call": re.compile(r"\bcall"),
+    "division": re.compile(r"\bidiv"),
+    "index wrap": re.compile(r"\bsar\w*\s+\$63"),
+}
+HALF_LIBRARY = re.compile(r"__gnu_(h2f|f2h)|__(extendhf|truncsfhf|truncdfhf)")
+
+
+def innermost(asm):
+    """The loops that hold no other: from a label to the last jump back to it."""
+    lines = asm.splitlines()
+    labels = {m[1]: n for n, line in enumerate(lines) if (m := LABEL.match(line))}
+    ends = {}
+    for n, line in enumerate(lines):
+        jump = JUMP.match(line)
+        if jump and labels.get(jump[1], n) < n:
+            ends[labels[jump[1]]] = n
+    spans = list(ends.items())
+    return [
+        "\n".join(lines[start : end + 1])
+        for start, end in spans
+        if not any((a, b) != (start, end) and start <= a and b <= end for a, b in spans)
+    ]
+
+
+def hot(asm):
+    return [loop for loop in innermost(asm) if PACKED.search(loop)]
+
+
+def faults(loops):
+    return {name for name, fault in FAULTS.items() for loop in loops if fault.search(loop)}
+
+
+@pytest.fixture(scope="module")
+def assembly(tmp_path_factory):
+    """``{"kernel dtype": [assembly of each version]}``; float16 is int16 to kernels."""
+    return json.loads(run_script(COMPILE, NUMBA_CACHE_DIR=str(tmp_path_factory.mktemp("cache"))))
+
+
+READING = ["stats"]
+WRITING = ["normalize", "forward", "backward_elements", "backward"]
+KERNELS = [
+    f"{name}_{layout} {dtype}"
+    for dtype in ("float32", "int16")
+    for layout in ("planes", "columns")
+    for name in [*READING, *WRITING, "backward_sums"]
+]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_inner_loops_use_the_widest_vectors_and_nothing_slow(assembly, kernel):
+    for asm in assembly[kernel]:
+        loops = hot(asm)
+        assert loops
+        assert faults(loops) == set()
+        assert not any(SCALAR.search(loop) for loop in loops)
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if not k.startswith("stats")])
+def test_streaming_stores_in_loops_of_their_own(assembly, kernel):
+    # Among the loops of every kernel that writes: some stream, and some do not.
+    loops = [loop for asm in assembly[kernel] for loop in hot(asm)]
+    assert any(STREAMING.search(loop) for loop in loops)
+    assert not all(STREAMING.search(loop) for loop in loops)
+
+
+@pytest.mark.parametrize("layout", ["planes", "columns"])
+def test_statistics_write_nothing_past_the_caches(assembly, layout):
+    assert not any(map(STREAMING.search, assembly[f"stats_{layout} float32"]))
+
+
+@pytest.mark.skipif(not FEATURES.get("f16c"), reason="no instructions for float16")
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k.endswith("int16")])
+def test_float16_is_converted_by_instructions(assembly, kernel):
+    for asm in assembly[kernel]:
+        assert not HALF_LIBRARY.search(asm)
+        assert any("vcvtph2ps" in loop for loop in hot(asm))
+    for asm in assembly[kernel.replace("int16", "float32")]:
+        assert "vcvtph2ps" not in asm  # the search does not find it everywhere
+
+
+# --- would a fault be found? ------------------------------------------------------------------
+
+
+def test_a_loop_without_vectors_is_not_hot(assembly):
+    (asm,) = assembly["recurrence"]
+    assert any(SCALAR.search(loop) for loop in innermost(asm))
+    assert hot(asm) == []
+
+
+def test_ordinary_stores_are_not_streaming(assembly):
+    (asm,) = assembly["ordinary_stores"]
+    assert innermost(asm)
+    assert not STREAMING.search(asm)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [("allocating", "call"), ("library", "call"), ("wrapped", "index wrap")],
+)
+def test_faults_are_found(assembly, name, fault):
+    (asm,) = assembly[name]
+    assert fault in faults(innermost(asm))
+
+
+def test_innermost_loops_are_cut_out():
+    asm = """
+.Lstart:
+    idivq %rcx
+.Louter:
+    lock incq (%rdx)
+.Linner:
+    vfmadd213ps (%rax), %zmm1, %zmm2
+    jne .Linner
+    jmp .Lend
+    jne .Louter
+.Lend:
+    retq
+"""
+    (loop,) = innermost(asm)
+    assert [line.split()[0] for line in loop.splitlines()] == [".Linner:", "vfmadd213ps", "jne"]
+    assert faults([asm]) == {"atomic", "division"}
+    assert faults([loop]) == set()
