@@ -8,8 +8,6 @@ recognise goes through `check_forward`, which converts, copies, or raises the er
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,6 +53,12 @@ def laid_out(array: Array, view: View) -> Array:
     copy = layout.empty(view, array.shape, array.dtype)
     copy[...] = array
     return copy
+
+
+def check_target(out: Any, x: Array, view: View) -> None:
+    """Raise unless `out` can take a result that lies in memory as `view` does."""
+    fits = isinstance(out, np.ndarray) and out.shape == x.shape
+    checks.target("out", out, x, fits and (x.size == 0 or layout.lies_like(out, view)))
 
 
 def take_channels(x: Array, C: int, **given: Any) -> tuple[Channels, dict[str, Array]]:
@@ -131,12 +135,11 @@ def check_forward(
     if x.size == 0:
         view = View(False, 0, C, 0, None)
         if out is not None:
-            checks.target("out", out, x, laid_out=True)
+            check_target(out, x, view)
         return Call(x, view, axis, channels, own, relu, residual, out, momentum, eps)
     x, view = dense(x, axis)
     if out is not None:
-        ok = isinstance(out, np.ndarray) and out.shape == x.shape and layout.lies_like(out, view)
-        checks.target("out", out, x, ok)
+        check_target(out, x, view)
         checks.no_overlap("out", out, own)
         inputs = {"residual": residual, "x": x} if in_place else {"residual": residual}
         checks.same_or_no_overlap("out", out, inputs)
@@ -150,14 +153,10 @@ def check_forward(
 # --- the ordinary call ------------------------------------------------------------------------
 
 
-def _none() -> None:
-    """Stands for a weak reference to None."""
-
-
 class Known:
     """What is remembered of inputs of one shape, strides, dtype and channel axis."""
 
-    __slots__ = ("axis", "channels_shape", "nothing", "refs", "small_eval", "view")
+    __slots__ = ("axis", "channels_shape", "nothing", "small_eval", "view")
 
     def __init__(self, view: View, axis: int, dtype: np.dtype[Any]):
         self.view = view
@@ -166,13 +165,10 @@ class Known:
         self.nothing = NOTHING[_FLOAT64 if dtype == _FLOAT64 else _FLOAT32]
         plain = view.order is None and dtype.itemsize > 2
         self.small_eval = cpu().small_eval(view, dtype.itemsize) if plain else None
-        # The arrays of channels that were last found in order. Weak, so as not to keep them.
-        self.refs: tuple[Callable[[], Any], ...] = (_none, _none, _none, _none)
 
     def takes(self, running_mean: Any, running_var: Any, weight: Any, bias: Any) -> bool:
         """Whether kernels can take these as they are."""
-        given = (running_mean, running_var, weight, bias)
-        for array in given:
+        for array in (running_mean, running_var, weight, bias):
             if array is not None and not (
                 type(array) is np.ndarray
                 and array.dtype is self.nothing.dtype
@@ -180,8 +176,19 @@ class Known:
                 and array.flags.carray
             ):
                 return False
-        self.refs = tuple(_none if array is None else weakref.ref(array) for array in given)
         return True
+
+    def channels(
+        self, running_mean: Any, running_var: Any, weight: Any, bias: Any
+    ) -> tuple[Array, Array, Array, Array]:
+        """The arrays of channels in the order of `Channels`; of size 0 where not given."""
+        none = self.nothing
+        return (
+            none if weight is None else weight,
+            none if bias is None else bias,
+            none if running_mean is None else running_mean,
+            none if running_var is None else running_var,
+        )
 
 
 _known: dict[Any, Known | None] = {}
@@ -229,12 +236,8 @@ def quick_forward(
         and -math.inf < momentum < math.inf
     ):
         return None
-    a, b, c, d = found.refs
-    # Kernels look at the arrays' sizes and types anew, so identity is enough here.
-    if not (
-        (a() is running_mean and b() is running_var and c() is weight and d() is bias)
-        or found.takes(running_mean, running_var, weight, bias)
-    ):
+    # Anew each time: a dtype, a shape and a write flag can all change in place.
+    if not found.takes(running_mean, running_var, weight, bias):
         return None
     if training:
         if found.view.per_channel == 1:

@@ -16,6 +16,7 @@ from numbabn.backends import cpu
 from numbabn.calls import (
     Call,
     check_forward,
+    check_target,
     known,
     laid_out,
     lies_apart,
@@ -199,26 +200,12 @@ def batch_norm(
             True,
         )  # fmt: skip
         if found is not None:
-            none = found.nothing
-            weight = none if weight is None else weight
-            bias = none if bias is None else bias
+            channels = found.channels(running_mean, running_var, weight, bias)
             if not training and out is None and found.small_eval is not None:
                 y = np.empty(x.shape, x.dtype)
                 floor = -np.inf if activation is None else 0.0
-                found.small_eval(
-                    x.reshape(-1),
-                    y.reshape(-1),
-                    weight,
-                    bias,
-                    running_mean,
-                    running_var,
-                    eps,
-                    floor,
-                )
+                found.small_eval(x.reshape(-1), y.reshape(-1), *channels, eps, floor)
                 return y
-            running_mean = none if running_mean is None else running_mean
-            running_var = none if running_var is None else running_var
-            channels = (weight, bias, running_mean, running_var)
             relu = activation is not None
             return _forward(
                 x, found.view, channels, training, momentum, eps, relu, None, out, False
@@ -295,19 +282,14 @@ def batch_norm_forward(
             False,
         )  # fmt: skip
         if found is not None:
-            none, relu = found.nothing, activation is not None
-            channels = (
-                none if weight is None else weight,
-                none if bias is None else bias,
-                none if running_mean is None else running_mean,
-                none if running_var is None else running_var,
-            )
+            channels = found.channels(running_mean, running_var, weight, bias)
+            relu = activation is not None
             y, flat, table, _ = _forward(
                 x, found.view, channels, training, momentum, eps, relu, None, out, False
             )
             return y, Saved(
-                bool(training), x.shape, found.axis, x.dtype, none.dtype, found.view, flat, table,
-                None, relu, False,
+                bool(training), x.shape, found.axis, x.dtype, found.nothing.dtype, found.view,
+                flat, table, None, relu, False,
             )  # fmt: skip
     call = check_forward(
         x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
@@ -318,7 +300,7 @@ def batch_norm_forward(
     param_dtype = given.dtype if given is not None else call.channels.weight.dtype
     if x.size == 0:
         y = call.out if call.out is not None else np.empty_like(x)
-        table, bits = np.zeros((5, call.view.C)), None
+        table, bits = np.zeros((cpu().TABLE_ROWS, call.view.C)), None
         flat = np.empty(0, x.dtype)
     else:
         y, flat, table, bits = _forward(
@@ -433,9 +415,7 @@ def _backward_checked(
     """The backward pass for arguments that may need conversion, or be wrong."""
     given, dense_grad = _check_gradient(grad_output, saved)
     if out is not None:
-        ok = isinstance(out, np.ndarray) and out.shape == saved.shape
-        ok = ok and (out.size == 0 or layout.lies_like(out, saved.view))
-        checks.target("out", out, given, ok)
+        check_target(out, given, saved.view)
     if given.size == 0:
         return _no_gradients(given, saved, needs, out)
     if out is not None:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from numbabn import checks, layout
 from numbabn.backends import cpu
-from numbabn.calls import dense, laid_out
+from numbabn.calls import check_target, dense, laid_out
 from numbabn.stats import Stats
 
 Array = NDArray[Any]
@@ -129,8 +129,7 @@ def normalize(
         return out if out is not None else np.empty_like(x)
     x, view = dense(x, axis)
     if out is not None:
-        ok = isinstance(out, np.ndarray) and out.shape == x.shape and layout.lies_like(out, view)
-        checks.target("out", out, x, ok)
+        check_target(out, x, view)
         checks.no_overlap("out", out, {"scale": scale, "shift": shift})
         checks.same_or_no_overlap("out", out, {"x": x, "residual": residual})
     flat = layout.flatten_input(x, view)
@@ -268,8 +267,7 @@ def batch_norm_backward_elemt(
     x, view = dense(x, axis)
     grad_output = laid_out(grad_output, view)
     if out is not None:
-        ok = isinstance(out, np.ndarray) and out.shape == x.shape and layout.lies_like(out, view)
-        checks.target("out", out, x, ok)
+        check_target(out, x, view)
         checks.same_or_no_overlap("out", out, {"grad_output": grad_output, "x": x})
     flat, dy = layout.flatten_input(x, view), layout.flatten_input(grad_output, view)
     table = cpu().known_table(flat, mean, invstd, gamma, np.empty(0))

@@ -113,6 +113,16 @@ def test_one_value_per_channel_in_training(shape, axis, dtype):
 
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("function", ["batch_norm", "forward"])
+def test_running_statistics_made_read_only_after_a_first_call(function, name):
+    # Whatever is remembered of the first call must not stand in for looking again.
+    p = problem(SHAPE, training=True)
+    getattr(p, function)()
+    getattr(p, name).flags.writeable = False
+    assert_forward_fails(p, name, "read-only", functions=(function,))
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
 def test_read_only_running_statistics_in_training(name):
     p = problem(SHAPE)
     getattr(p, name).flags.writeable = False
