@@ -105,20 +105,21 @@ def _write_back(call: Call) -> None:
 
 def _forward(
     x: Array, view: View, channels: tuple[Any, ...], training: bool, momentum: float, eps: float,
-    relu: bool, residual: Array | None, out: Array | None, want_bits: bool,
-) -> tuple[Array, Array, Array, Array | None]:  # fmt: skip
-    """Run the forward pass: (y, x's memory, table, bits)."""
+    relu: bool, residual: Array | None, out: Array | None, keep: bool,
+) -> tuple[Array, Array, Array | None, Array | None]:  # fmt: skip
+    """Run the forward pass: (y, x's memory, table, bits); the latter two if to `keep`."""
     y = out if out is not None else layout.empty(view, x.shape, x.dtype)
     flat, target = layout.flatten_input(x, view), layout.flatten(y, view)
     added = None if residual is None else layout.flatten_input(residual, view)
     bits = None
-    if want_bits:
+    if keep and relu and residual is not None:
         row = view.C * view.L if view.columns else view.L
         bits = np.empty(x.size // row * -(-row // 16), np.uint16)
     if training:
         table = cpu().forward_train(flat, added, bits, target, view, *channels, momentum, eps, relu)
     else:
-        table = cpu().forward_eval(flat, added, bits, target, view, *channels, eps, relu)
+        table = cpu().eval_table(flat, *channels, eps) if keep else None
+        cpu().forward_eval(flat, added, bits, target, view, *channels, eps, relu)
     return y, flat, table, bits
 
 
@@ -285,8 +286,9 @@ def batch_norm_forward(
             channels = found.channels(running_mean, running_var, weight, bias)
             relu = activation is not None
             y, flat, table, _ = _forward(
-                x, found.view, channels, training, momentum, eps, relu, None, out, False
+                x, found.view, channels, training, momentum, eps, relu, None, out, True
             )
+            assert table is not None
             return y, Saved(
                 bool(training), x.shape, found.axis, x.dtype, found.nothing.dtype, found.view,
                 flat, table, None, relu, False,
@@ -305,10 +307,11 @@ def batch_norm_forward(
     else:
         y, flat, table, bits = _forward(
             x, call.view, call.channels, training, call.momentum, call.eps, call.relu,
-            call.residual, call.out, call.relu and has_residual,
+            call.residual, call.out, True,
         )  # fmt: skip
         if training:
             _write_back(call)
+    assert table is not None
     saved = Saved(
         bool(training), x.shape, call.axis, x.dtype, param_dtype, call.view, flat, table, bits,
         call.relu, has_residual,

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numbabn.cpu import schedule, serial
+from numbabn.cpu.channels import BACKWARD_FIELDS as BACKWARD_FIELDS
+from numbabn.cpu.channels import FORWARD_FIELDS as FORWARD_FIELDS
 from numbabn.cpu.channels import SLOPE_ROWS as SLOPE_ROWS
 from numbabn.cpu.channels import TABLE_ROWS as TABLE_ROWS
 from numbabn.layout import View
@@ -36,15 +38,22 @@ def known_table(x: Array, mean: Array, invstd: Array, weight: Array, bias: Array
 def forward_eval(
     x: Array, residual: Array | None, bits: Array | None, out: Array, view: View, weight: Array,
     bias: Array, running_mean: Array, running_var: Array, eps: float, relu: bool,
-) -> Array:  # fmt: skip
-    """Normalize with the running statistics; returns the table."""
-    table = np.empty((TABLE_ROWS, view.C))
-    channels = (weight, bias, running_mean, running_var, eps, table)
+) -> None:  # fmt: skip
+    """Normalize with the running statistics."""
+    channels = (weight, bias, running_mean, running_var, eps, _NO_TABLE)
     _normalize(x, residual, bits, out, view, channels, relu)
-    return table
 
 
 _NO_TABLE = np.empty((0, 0))
+
+
+def eval_table(
+    x: Array, weight: Array, bias: Array, running_mean: Array, running_var: Array, eps: float
+) -> Array:
+    """The table for the running statistics, which the backward pass needs."""
+    table = np.empty((TABLE_ROWS, running_mean.size))
+    serial.finish_eval(x, weight, bias, running_mean, running_var, eps, table)
+    return table
 
 
 def small_eval(view: View, itemsize: int) -> Callable[..., Any] | None:
@@ -93,10 +102,10 @@ def _normalize(
 
 
 def batch_stats(x: Array, view: View) -> Array:
-    """Sums of all chunks, shape ``(C, chunks, 4)``."""
+    """Sums of all chunks, shape ``(chunks, 4, C)``."""
     threads = schedule.threads_for(x.size)
     plan = schedule.plan(view, x.itemsize, threads)
-    partials = np.empty((view.C, plan.chunks, 4))
+    partials = np.empty((plan.chunks, FORWARD_FIELDS, view.C))
     schedule.run(
         "stats_" + plan.name, threads, plan.chunk_items, x, *plan.chunk_sizes, partials
     )  # fmt: skip
@@ -139,7 +148,7 @@ def _backward_partials(
 ) -> Array:  # fmt: skip
     threads = schedule.threads_for(x.size)
     plan = schedule.plan(view, x.itemsize, threads)
-    partials = np.empty((view.C, plan.chunks, 3))
+    partials = np.empty((plan.chunks, BACKWARD_FIELDS, view.C))
     written = [array for array in (grad_input, grad_residual) if array is not None]
     streaming = bool(written) and schedule.streams(view, x.nbytes, True, *written)
     schedule.run(

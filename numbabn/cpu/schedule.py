@@ -33,6 +33,9 @@ CHUNK_ROWS = 256
 CHUNK_COLUMNS = 1 << 17
 # All chunks together make at most about this many entries of 32 bytes.
 MOST_CHUNKS = 1 << 14
+# Bytes of the last cache that one core can count on, whatever the system says: on machines of many
+# cores, of which a virtual one shows a few, the others fill it too.
+MOST_LAST_SHARE = 8 << 20
 # Columns summed at a time: their running sums and parameters fit L1.
 COLUMNS = 1024
 
@@ -119,6 +122,9 @@ def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
         rows, segment = 1, -(-L // -(-L // values))
         segment += -segment % 64  # whole cache lines of any dtype
         chunks = N * -(-L // segment)
+    # A few channels at a time are summed, then normalized, as long as they fit L2 together: what is
+    # done once per channel is then done for up to 16 at once.
+    group = int(min(16, max(1, caches().l2 // 4 // (N * L * itemsize))))
     # A channel's second look finds it in cache; but every thread should have channels to do.
     by_channel = threads == 1 or 4 * threads <= C or C % threads == 0
     return Plan(
@@ -126,7 +132,7 @@ def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
         chunks,
         (N, C, L, rows, segment),
         C * chunks,
-        (N, C, L, rows, segment, chunks),
+        (N, C, L, rows, segment, chunks, group),
         C,
         (C, L, segment),
         N * C * -(-L // segment),
@@ -177,7 +183,7 @@ def streams(view: View, nbytes: int, aligned_rows: bool, *written: Array) -> boo
     they cost up to twice as much. With `aligned_rows`, vectors must not be moved to a boundary of
     64 bytes, so rows have to begin on one.
     """
-    if nbytes <= caches().last // 2:
+    if nbytes < min(caches().last // 2, caches().last_shared_by * MOST_LAST_SHARE):
         return False
     addresses = [array.__array_interface__["data"][0] % 64 for array in written]
     if len(set(addresses)) > 1:
