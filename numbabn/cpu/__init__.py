@@ -7,7 +7,6 @@ up as `schedule` says, and runs it on as many threads as pay.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,8 @@ from numbabn.cpu.channels import BACKWARD_FIELDS as BACKWARD_FIELDS
 from numbabn.cpu.channels import FORWARD_FIELDS as FORWARD_FIELDS
 from numbabn.cpu.channels import SLOPE_ROWS as SLOPE_ROWS
 from numbabn.cpu.channels import TABLE_ROWS as TABLE_ROWS
+from numbabn.cpu.small import eval_small as eval_small
+from numbabn.cpu.small import lies_apart as lies_apart
 from numbabn.layout import View
 
 Array = NDArray[Any]
@@ -54,27 +55,6 @@ def eval_table(
     table = np.empty((TABLE_ROWS, running_mean.size))
     serial.finish_eval(x, weight, bias, running_mean, running_var, eps, table)
     return table
-
-
-def small_eval(view: View, itemsize: int) -> Callable[..., Any] | None:
-    """`forward_eval` of arrays so small that calling is what costs, with nothing left to choose.
-
-    Takes x, out, weight, bias, running_mean, running_var, eps and floor; returns no table.
-    """
-    size = view.N * view.C * view.L
-    if size >= schedule.PARALLEL_FROM["omp"]:
-        return None
-    plan = schedule.plan(view, itemsize, 1)
-    sizes, items = plan.element_sizes, plan.element_items
-    kernel = getattr(serial, "normalize_" + plan.name)
-
-    def call(x, out, weight, bias, running_mean, running_var, eps, floor):
-        kernel(
-            x, None, None, out, *sizes, weight, bias, running_mean, running_var, eps, _NO_TABLE,
-            floor, False, 0, items,
-        )  # fmt: skip
-
-    return call
 
 
 def normalize(

@@ -128,9 +128,7 @@ def write(numbers, c, count, value):
 def add_compensated(total, lost, value):
     """A new total, and all that was lost to rounding so far (Neumaier 1974)."""
     new = total + value
-    return new, lost + where_larger(
-        total, value, (total - new) + value, (value - new) + total
-    )
+    return new, lost + where_larger(total, value, (total - new) + value, (value - new) + total)
 
 
 @inline
@@ -167,9 +165,9 @@ def merge_chunks(x, partials, c, lanes):
             total = total + partial_at(partials, k, SUM, c, lanes)
         mean = total / count
         for k in range(partials.chunks):
-            n = partial_at(partials, k, COUNT, c, lanes)
-            apart = partial_at(partials, k, SUM, c, lanes) / n - mean
-            m2 = m2 + fma(n * apart, apart, partial_at(partials, k, M2, c, lanes))
+            n = partial_of(partials, k, COUNT)[c]  # the same for all channels
+            apart = fma(partial_at(partials, k, SUM, c, lanes), splat64(1.0 / n), zero - mean)
+            m2 = m2 + fma(splat64(n) * apart, apart, partial_at(partials, k, M2, c, lanes))
         return count, center, total, m2
     lost = zero
     for k in range(partials.chunks):
@@ -250,9 +248,7 @@ def finish_training(x, partials, channels, first, c, lanes):
     if channels.has_mean:
         update(channels.running_mean, c, lanes, channels.momentum, mean)
     if channels.has_var:
-        update(
-            channels.running_var, c, lanes, channels.momentum, m2 / (count - splat64(1.0))
-        )
+        update(channels.running_var, c, lanes, channels.momentum, m2 / (count - splat64(1.0)))
     invstd = inverse_root(fma(m2, per_value, splat64(channels.eps)))
     rounded, _ = round_mean(x, mean)
     # sum(x - rounded), so that nothing underflows even if all of x is subnormal.

@@ -290,9 +290,7 @@ def column_grad_sums(io, K, m0, m1, k0, width, columns, relu, streaming, sums, p
         i = m * K + k0
         bit = m * row_bits + k0 // LANES
         if m + 4 <= m1:
-            add_four_rows(
-                io, i, K, bit, row_bits, width, columns, relu, streaming, sums, products
-            )
+            add_four_rows(io, i, K, bit, row_bits, width, columns, relu, streaming, sums, products)
             m += 4
         else:
             add_row(io, i, bit, width, columns, relu, streaming, sums, products)

@@ -78,8 +78,8 @@ def forward_planes(
     for part in prange(parts):
         serial.forward_planes(
             x, residual, bits, out, N, C, L, rows, segment, chunks, group, weight, bias,
-            running_mean, running_var, momentum, eps, table, floor, streaming, share(items, parts, part),
-            share(items, parts, part + 1),
+            running_mean, running_var, momentum, eps, table, floor, streaming,
+            share(items, parts, part), share(items, parts, part + 1),
         )
 
 

@@ -36,6 +36,8 @@ MOST_CHUNKS = 1 << 14
 # Bytes of the last cache that one core can count on, whatever the system says: on machines of many
 # cores, of which a virtual one shows a few, the others fill it too.
 MOST_LAST_SHARE = 8 << 20
+# Bytes of a row of a block that are worth taking out of the row.
+SHORTEST_PIECE = 3 << 10
 # Columns summed at a time: their running sums and parameters fit L1.
 COLUMNS = 1024
 
@@ -149,19 +151,26 @@ def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
         rows = min(CHUNK_ROWS, CHUNK_FLOAT64 // (block * L))
     else:
         rows = max(min(CHUNK_COLUMNS // (C * L), -(-M // 8)), CHUNK // (block * L))
-    rows = min(M, max(8, rows, -(-M // most)))
+    # A power of two of them, so that threads get equal shares.
+    chunks = 1 << (-(-M // min(M, max(8, rows))) - 1).bit_length()
+    while chunks > most:
+        chunks //= 2
+    rows = -(-M // chunks)
     chunks = -(-M // rows)
+    # An item of elementwise work reads its block's parameters once, so it should be tall.
+    wide = block
+    downs = min(max(1, -(-4 * threads // -(-C // wide))), max(1, M // 8))
+    tall = -(-M // downs)
     # The chunks' rows are settled; narrower blocks of columns give more threads something to do.
     short = 4 * threads if threads > 1 else 0
     while chunks * -(-C // block) < short and block * L >= 128 and block >= 32:
         block = block // 32 * 16
     blocks = -(-C // block)
-    # An item of elementwise work reads its block's parameters once, so it should be tall.
-    downs = min(max(1, -(-4 * threads // blocks)), max(1, M // 8))
-    tall = -(-M // downs)
-    # For a second look in cache, all rows of a block have to fit.
+    # For a second look in cache, all rows of a block have to fit. Narrow blocks lie in memory in
+    # pieces too short to be fetched ahead.
     fits = caches().l2 // 2 // (M * block * L * itemsize)
     enough = threads == 1 or blocks >= 4 * threads or blocks % threads == 0
+    enough = enough and block * L * itemsize >= min(SHORTEST_PIECE, C * L * itemsize)
     return Plan(
         "columns",
         chunks,
@@ -169,8 +178,8 @@ def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
         chunks * blocks,
         (M, C, L, rows, block, chunks),
         blocks,
-        (M, C, L, tall, block),
-        blocks * -(-M // tall),
+        (M, C, L, tall, wide),
+        -(-C // wide) * -(-M // tall),
         enough and fits >= 1,
         enough and fits >= 2,
     )

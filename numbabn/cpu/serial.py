@@ -46,7 +46,7 @@ from numbabn.cpu.normalization import (
     normalize_rows,
     spread_affine,
 )
-from numbabn.cpu.options import function, inline, kernel
+from numbabn.cpu.options import inline, kernel
 from numbabn.cpu.reductions import column_chunk, first_value, plane_chunk
 from numbabn.cpu.vector import LANES, splat64
 

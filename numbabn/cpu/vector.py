@@ -231,9 +231,7 @@ def where_nan(typingctx: Any, test: Any, value: Any, other: Any) -> Any:
     """Lanes of `value` where `test` is NaN, of `other` elsewhere."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.select(
-            builder.fcmp_unordered("uno", args[0], args[0]), args[1], args[2]
-        )
+        return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), args[1], args[2])
 
     return value(test, value, value), codegen
 
