@@ -22,7 +22,7 @@ Array = NDArray[Any]
 _FLOAT32: np.dtype[Any] = np.dtype(np.float32)
 _FLOAT64: np.dtype[Any] = np.dtype(np.float64)
 # Elements up to which `small_eval` is tried; the kernel has a limit of its own.
-SMALL = 1 << 15
+SMALL = 1 << 17
 NOTHING: dict[np.dtype[Any], Array] = {t: np.empty(0, t) for t in (_FLOAT32, _FLOAT64)}
 
 
@@ -276,8 +276,7 @@ def quick_forward(
     if training:
         if found.view.per_channel == 1:
             return None
-        both = running_mean is not None and running_var is not None
-        if both and np.may_share_memory(running_mean, running_var):
+        if not _are_apart(running_mean, running_var):
             return None
     elif running_mean is None or running_var is None:
         return None
@@ -286,6 +285,15 @@ def quick_forward(
     ):
         return None
     return found
+
+
+def _are_apart(a: Any, b: Any) -> bool:
+    """Whether two arrays, or None, share no memory."""
+    if a is None or b is None:
+        return True
+    if a.base is None and b.base is None:  # each owns its memory
+        return a is not b
+    return not np.may_share_memory(a, b)
 
 
 def lies_apart(out: Any, x: Array, others: tuple[Any, ...], is_x: bool) -> bool:

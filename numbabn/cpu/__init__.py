@@ -107,8 +107,7 @@ def forward_train(
     """Normalize with the batch's own statistics; returns the table."""
     table = np.empty((TABLE_ROWS, view.C))
     channels = (weight, bias, running_mean, running_var, momentum, eps, table)
-    threads = schedule.threads_for(x.size)
-    plan = schedule.plan(view, x.itemsize, threads)
+    threads, plan = schedule.training_plan(view, x.itemsize, x.size)
     if not plan.forward_by_channel:
         serial.finish_stats(x, batch_stats(x, view), *channels)
         normalize(x, residual, bits, out, view, table, relu)
@@ -178,8 +177,7 @@ def backward_train(
     """Training's input gradient and ``sums = (dbias, dweight)``, shape (2, C)."""
     arrays = (grad_output, x, bits, grad_input, grad_residual)
     sums, slopes = np.empty((2, view.C), dtype), np.empty((SLOPE_ROWS, view.C))
-    threads = schedule.threads_for(x.size)
-    plan = schedule.plan(view, x.itemsize, threads)
+    threads, plan = schedule.training_plan(view, x.itemsize, x.size)
     if not plan.backward_by_channel:
         partials = _backward_partials(grad_output, x, bits, None, None, view, table, relu)
         serial.finish_sums(x, partials, table, sums, slopes)
