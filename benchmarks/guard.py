@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 # One of each pass at three sizes: beyond the caches, within L2, and so small that calls count.
 DEFAULT = r" (32x64x56x56 nchw|32x256x14x14 nhwc|1x2048x7x7 nchw) float32$"
 # Pairs that look for suspects, and alternations within each pair.
-FIRST_PAIRS, ROUNDS = 3, 7
+FIRST_PAIRS, ROUNDS = 3, 5
 MOST_BENCHMARKS = 200
 
 
@@ -41,7 +41,7 @@ def git(*arguments: str) -> str:
         ["git", *arguments], cwd=HERE.parent, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise SystemExit(f"guard: git {' '.join(arguments)}: {done.stderr.strip()}")
+        raise RuntimeError(f"git {' '.join(arguments)}: {done.stderr.strip() or 'not found'}")
     return done.stdout.strip()
 
 

@@ -8,7 +8,8 @@ new pairs only, so that having been picked counts for nothing:
 - the median ratio must exceed 1 + threshold, and
 - the ratios must be above 1 by more than chance explains: a sign-flip permutation test of the mean
   log ratio (exact; under the null hypothesis base and head are exchangeable within a pair), with
-  Holm's correction for the number of suspects.
+  Holm's correction for the number of suspects. Logs are cut off at a multiple of their median size
+  first, so that one pair that something else got in the way of does not decide.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ __all__ = ["ALPHA", "Verdict", "is_suspect", "judge", "pairs_needed", "sign_flip
 
 # Chance of any false alarm among the suspects, before the threshold is asked for as well.
 ALPHA = 0.05
-FEWEST_PAIRS, MOST_PAIRS = 7, 13
+FEWEST_PAIRS, MOST_PAIRS = 10, 13
+# Of the median of the logs' sizes, see above. Flipping signs leaves it as it is: the test is exact.
+CUT = 1.5
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,23 @@ def is_suspect(ratios: Sequence[float], threshold: float) -> bool:
 
 
 def pairs_needed(suspects: int) -> int:
-    """Pairs with which the test can speak at all: 2**-pairs must get below ALPHA / suspects."""
-    needed = math.ceil(math.log2(suspects / ALPHA))
+    """Pairs that the test needs: 2**-pairs must get below ALPHA / suspects, and one to spare.
+
+    With none to spare a single pair on the other side, however close to 1, would settle it.
+    """
+    needed = math.ceil(math.log2(suspects / ALPHA)) + 1
     return min(MOST_PAIRS, max(FEWEST_PAIRS, needed))
 
 
 def sign_flip_p(logs: Sequence[float]) -> float:
     """One-sided p-value of the mean being above 0: the share of sign patterns at least as high."""
-    total = sum(logs)
+    limit = CUT * median(map(abs, logs))
+    cut = [math.copysign(min(abs(v), limit), v) for v in logs]
     # Rounding must not make a pattern that equals the observed one seem less.
-    least = total - 1e-12 * sum(map(abs, logs))
+    least = sum(cut) - 1e-12 * sum(map(abs, cut))
     count = sum(
-        sum(s * v for s, v in zip(signs, logs, strict=True)) >= least
-        for signs in product((1, -1), repeat=len(logs))
+        sum(s * v for s, v in zip(signs, cut, strict=True)) >= least
+        for signs in product((1, -1), repeat=len(cut))
     )
     return float(count) / float(2 ** len(logs))
 
