@@ -22,6 +22,8 @@ class _Pass:
     params: tuple[list[str], ...] = (list(SHAPE_BY_NAME if _ALL else REPRESENTATIVE), list(LAYOUTS))
     param_names: tuple[str, ...] = ("shape", "layout")
     pass_name = ""
+    # One process for each cell: most of its time is setup.
+    rounds = 1
     warmup_time = 0.02
     sample_time = 0.01
     repeat = (5, 30, 0.4)

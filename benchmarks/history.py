@@ -27,10 +27,10 @@ __all__ = ["kernel_commits", "machine_fields"]
 ROOT = Path(__file__).resolve().parents[1]
 # What decides how fast a call is.
 KERNELS = ("numbabn/cpu", "numbabn/functional.py", "numbabn/calls.py", "numbabn/layout.py")
-# Ratios travel, and their run has every pass; the rest takes seconds. A minute or so per commit.
+# Ratios, whose one race has every pass, calls, and two shapes' times: a minute and a half a commit.
 SUBSET = (
-    r"^bench_(calls|ratios|shapes|threads)\.|^bench_memory\..*_step"
-    r"|^bench_startup\.FirstCall|^bench_passes\.(Forward|Backward)(Train|Eval)\."
+    r"^bench_(calls|ratios)\.|^bench_startup\.FirstCall|^bench_memory\..*_step"
+    r"|^bench_passes\.(Forward|Backward)(Train|Eval)\.time_pass\('32x(64x112x112|256x14x14)'"
 )
 
 

@@ -5,7 +5,8 @@
 runs `asv publish`, whose page loads jQuery, flot and the like from servers on the internet, and
 puts copies of these libraries beside it, so that the page works without a connection, in an
 archive, and behind a firewall. The copies come from npm, in versions that asv's page was made for,
-and are checked against the checksums below. Needs asv and npm.
+and are checked against the checksums below. Benchmarks that have no results yet are left out. Needs
+asv and npm.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import NamedTuple
 
 from .peers_native import cache_folder
 
-__all__ = ["make_self_contained", "publish", "serve"]
+__all__ = ["drop_unmeasured", "make_self_contained", "publish", "serve"]
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = "libraries"
@@ -111,6 +112,16 @@ def publish(html: Path) -> None:
     command = ["-m", "asv", "publish", "--no-pull", "--html-dir", str(html)]
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     make_self_contained(html)
+    drop_unmeasured(html)
+
+
+def drop_unmeasured(html: Path) -> None:
+    """Take benchmarks without any result off the page, which would ask for their curves in vain."""
+    index = html / "index.json"
+    content = json.loads(index.read_text(encoding="utf-8"))
+    measured = {path.stem for path in (html / "graphs" / "summary").glob("*.json")}
+    content["benchmarks"] = {k: v for k, v in content["benchmarks"].items() if k in measured}
+    index.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
 
 
 def make_self_contained(html: Path) -> None:
