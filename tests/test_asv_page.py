@@ -6,6 +6,7 @@ anything from outside this machine.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -97,7 +98,11 @@ def errors(browser):
 
 
 def run(*command, cwd):
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    # asv describes the machine in the home folder, which is not this test's to write to.
+    environment = {**os.environ, "HOME": str(cwd)}
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 
@@ -115,7 +120,7 @@ def planted(tmp_path_factory):
     (folder / "asv.conf.json").write_text(json.dumps(config))
     git = ("git", "-c", "user.name=nobody", "-c", "user.email=nobody@example.invalid")
     run(*git, "init", "--quiet", "--initial-branch=main", cwd=folder)
-    (folder / ".gitignore").write_text("results\nhtml\n")
+    (folder / ".gitignore").write_text("results\nhtml\n.*\n")
     run(sys.executable, "-m", "asv", "machine", "--yes", cwd=folder)
     for number in range(8):
         value = 1.0 if number < 4 else 2.0

@@ -115,10 +115,16 @@ def test_rows_compare_like_with_like():
     assert found[0].gigabytes_per_second == 3 * given.x.nbytes / 4.0 / 1e9
 
 
-def test_table(capsys):
+@pytest.mark.parametrize("rich", [True, False])
+def test_table(capsys, monkeypatch, rich):
+    if rich:
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setattr(report, "is_installed", lambda module: module != "rich")
     main([*SMALL, "--threads", "1,2", "--against", "numpy", "--layout", "nhwc"])
     printed = capsys.readouterr()
-    assert printed.err == ""
+    hint = ["pip install 'numbabn[cli]' makes this a nicer table."]
+    assert printed.err.splitlines() == ([] if rich else hint)
     lines = printed.out.splitlines()
     assert "4 × 8 × 6 × 6, nhwc, float32" in printed.out
     for pass_name in ("forward train", "forward eval", "backward train", "backward eval"):
@@ -128,14 +134,6 @@ def test_table(capsys):
         ]
         assert all(words[6].endswith("%") for words in own if words[3] == "numbabn")
         assert own[1][-1].endswith("×")
-
-
-def test_without_rich_there_is_a_plain_table_and_a_hint(capsys, monkeypatch):
-    monkeypatch.setattr(report, "is_installed", lambda module: module != "rich")
-    main([*SMALL, "--threads", "1"])
-    printed = capsys.readouterr()
-    assert sum("numbabn" in line for line in printed.out.splitlines()) == 4
-    assert printed.err.splitlines() == ["pip install 'numbabn[cli]' makes this a nicer table."]
 
 
 def test_json_to_stdout_and_to_a_file(capsys, tmp_path):

@@ -86,8 +86,6 @@ def _check(arguments: argparse.Namespace, threads: list[int], most: int) -> None
     for name in arguments.against:
         if not problem.is_installed(name):
             error(f"argument --against: {name} is not installed")
-    if arguments.plot is not None and not problem.is_installed("matplotlib"):
-        error("argument --plot: matplotlib is not installed (pip install 'numbabn[cli]')")
     for option in ("json", "plot"):
         path = getattr(arguments, option)
         if path is None or path == "-":
@@ -97,6 +95,8 @@ def _check(arguments: argparse.Namespace, threads: list[int], most: int) -> None
             error(f"argument --{option}: cannot write {path}")
     if arguments.plot is not None and Path(arguments.plot).suffix.lower() != ".png":
         error(f"argument --plot: expected a name ending in .png, got {arguments.plot}")
+    if arguments.plot is not None and not problem.is_installed("matplotlib"):
+        error("argument --plot: matplotlib is not installed (pip install 'numbabn[cli]')")
 
 
 def _measure(
@@ -131,7 +131,8 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description:14}"), BarColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
         task = bar.add_task("", total=len(PASSES))
 
         def step(what: str, share: float) -> None:
