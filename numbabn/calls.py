@@ -225,26 +225,27 @@ def small_eval(
     array = np.ndarray
     if not (
         type(x) is array
-        and (x.dtype is _FLOAT32 or x.dtype is _FLOAT64)
+        and ((dtype := x.dtype) is _FLOAT32 or dtype is _FLOAT64)
         and type(running_mean) is array
+        and running_mean.dtype is dtype
         and type(running_var) is array
+        and running_var.dtype is dtype
         and type(weight) is array
+        and weight.dtype is dtype
         and type(bias) is array
+        and bias.dtype is dtype
         and type(momentum) is float
         and type(eps) is float
         and type(channel_axis) is int
-        and (out is None or type(out) is array)
+        and (out is None or (type(out) is array and out.dtype is dtype))
         and x.size <= SMALL
     ):
         return None
-    y = np.empty(x.shape, x.dtype) if out is None else out
+    y = np.empty(x.shape, dtype) if out is None else out
     floor = -math.inf if activation is None else 0.0
-    try:
-        done = cpu().eval_small(
-            x, y, weight, bias, running_mean, running_var, momentum, eps, floor, channel_axis
-        )
-    except (TypeError, ValueError, NotImplementedError):  # of dtypes that Numba has no name for
-        return None
+    done = cpu().eval_small(
+        x, y, weight, bias, running_mean, running_var, momentum, eps, floor, channel_axis
+    )
     return y if done else None
 
 

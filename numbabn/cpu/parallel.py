@@ -72,13 +72,13 @@ def normalize_columns(
 
 @parallel_kernel
 def forward_planes(
-    x, residual, bits, out, N, C, L, rows, segment, chunks, group, weight, bias, running_mean,
-    running_var, momentum, eps, table, floor, streaming, items, parts,
+    x, residual, bits, out, N, C, L, rows, segment, chunks, group, sums_ahead, elements_ahead,
+    weight, bias, running_mean, running_var, momentum, eps, table, floor, streaming, items, parts,
 ):
     for part in prange(parts):
         serial.forward_planes(
-            x, residual, bits, out, N, C, L, rows, segment, chunks, group, weight, bias,
-            running_mean, running_var, momentum, eps, table, floor, streaming,
+            x, residual, bits, out, N, C, L, rows, segment, chunks, group, sums_ahead,
+            elements_ahead, weight, bias, running_mean, running_var, momentum, eps, table, floor, streaming,
             share(items, parts, part), share(items, parts, part + 1),
         )
 
@@ -146,13 +146,13 @@ def backward_elements_columns(
 
 @parallel_kernel
 def backward_planes(
-    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks, group, table,
-    sums, slopes, relu, streaming, items, parts,
+    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks, group,
+    sums_ahead, elements_ahead, table, sums, slopes, relu, streaming, items, parts,
 ):
     for part in prange(parts):
         serial.backward_planes(
             grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks,
-            group, table, sums, slopes, relu, streaming, share(items, parts, part),
+            group, sums_ahead, elements_ahead, table, sums, slopes, relu, streaming, share(items, parts, part),
             share(items, parts, part + 1),
         )
 

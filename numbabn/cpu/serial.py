@@ -50,9 +50,6 @@ from numbabn.cpu.options import inline, kernel
 from numbabn.cpu.reductions import column_chunk, first_value, plane_chunk
 from numbabn.cpu.vector import LANES, splat64
 
-# Values of a channel of which two arrays fit L2 twice.
-SMALL_CHANNEL = 1 << 15
-
 # fmt: off
 # The long lists of arguments below are easier to compare when they are set like text.
 
@@ -75,17 +72,6 @@ def backward_io(grad_output, x, bits, grad_input, grad_residual, ahead):
 @inline
 def keep_alive(buffer):
     return buffer.size
-
-
-@inline
-def ahead_of_channel(N, L):
-    """How far to prefetch while a channel is summed, and while it is written.
-
-    Either way L elements on is the same row of the next channel. A channel that fits L2 beside
-    the next is fetched while this one is summed; of a larger one the fetching is spread over the
-    writing, which keeps memory busy in both directions.
-    """
-    return (L, 0) if N * L <= SMALL_CHANNEL else (0, L)
 
 
 @inline
@@ -276,11 +262,10 @@ def normalize_columns(
 
 @kernel
 def forward_planes(
-    x, residual, bits, out, N, C, L, rows, segment, chunks, group, weight, bias, running_mean,
-    running_var, momentum, eps, table, floor, streaming, start, stop,
+    x, residual, bits, out, N, C, L, rows, segment, chunks, group, sums_ahead,
+    elements_ahead, weight, bias, running_mean, running_var, momentum, eps, table, floor, streaming, start, stop,
 ):
     """Training, channels start:stop: a group is summed, then normalized while it is in cache."""
-    sums_ahead, elements_ahead = ahead_of_channel(N, L)
     io = forward_io(x, residual, bits, out, elements_ahead)
     channels = channels_of(weight, bias, running_mean, running_var, momentum, eps, table)
     numbers = np.empty(chunks * FORWARD_FIELDS * LANES)
@@ -300,8 +285,7 @@ def forward_planes(
         finish_training(io.x, partials, channels, 0, c0, c1 - c0)
         for c in range(c0, c1):
             affine = affine_of(io.x, channels.table, C, c)
-            for n in range(N):
-                row = n * C + c
+            for row in range((N - 1) * C + c, -1, -C):  # what was summed last is still in cache
                 normalize_plane(
                     io, row * L, (row + 1) * L, row * row_bits, affine, floor, streaming
                 )
@@ -464,11 +448,10 @@ def backward_elements_columns(
 
 @kernel
 def backward_planes(
-    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks, group, table,
-    sums, slopes, relu, streaming, start, stop,
+    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks, group, sums_ahead,
+    elements_ahead, table, sums, slopes, relu, streaming, start, stop,
 ):
     """Training, channels start:stop: a group is summed, then differentiated while in cache."""
-    sums_ahead, elements_ahead = ahead_of_channel(N, L)
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, elements_ahead)
     reading = Backward(io.grad_output, io.x, io.bits, None, None, sums_ahead)
     numbers = np.empty(chunks * BACKWARD_FIELDS * LANES)
@@ -491,8 +474,7 @@ def backward_planes(
         for c in range(c0, c1):
             affine = affine_of(io.x, pointer(table), C, c)
             own = slopes_of(io.x, pointer(slopes), C, c)
-            for n in range(N):
-                row = n * C + c
+            for row in range((N - 1) * C + c, -1, -C):
                 plane_elements(
                     io, row * L, (row + 1) * L, row * row_bits, affine, own, relu, streaming
                 )
