@@ -16,14 +16,24 @@ An address of 0 stands for a weight, bias or running statistic that was not give
 in two bits each how weight, bias, running_mean and running_var are stored.
 """
 
+from __future__ import annotations
+
 import math
 
-from numbabn.cuda.options import inline
+from numba import cuda
+
+from numbabn.cuda.options import Address, Double, Flag, Size, inline
+from numbabn.cuda.sums import warp_sum
 from numbabn.cuda.vector import (
+    element,
+    index,
+    is_double,
     load_any,
     load_float64,
+    pointer,
     put,
     round_like,
+    store_any,
     store_float64,
     widen,
 )
@@ -35,6 +45,8 @@ SLOPE_ROWS = 3
 
 COUNT, CENTER, SUM, M2 = range(4)
 SUM_DY, SUM_DY_XHAT = 1, 2
+
+LARGEST_UNIT = 2.0**126  # in float32, with room for what it is multiplied by
 
 
 @inline
@@ -96,3 +108,191 @@ def put_affine(
     put(means, q, mean)
     put(scales, q, scale)
     put(shifts, q, shift)
+
+
+@inline
+def finish_training(
+    x, count, center, total, m2, weight, bias, running_mean, running_var, kinds, momentum, eps,
+    table, C, c,
+):  # fmt: skip
+    """Update channel c's running statistics and fill its column of the table.
+
+    From the count, ``sum(x - center)`` and m2 of all its values; gives MEAN, SCALE and SHIFT.
+    """
+    mean = center + total / count
+    if running_mean != 0:
+        kind = (kinds >> 4) & 3
+        old = (1.0 - momentum) * load_any(running_mean, kind, c)
+        store_any(running_mean, kind, c, old + momentum * mean)
+    if running_var != 0:
+        kind = (kinds >> 6) & 3
+        old = (1.0 - momentum) * load_any(running_var, kind, c)
+        store_any(running_var, kind, c, old + momentum * (m2 / (count - 1.0)))
+    invstd = 1.0 / math.sqrt(m2 / count + eps)
+    rounded = widen(round_like(x, mean))
+    # sum(x - rounded), so that nothing underflows even if all of x is subnormal.
+    left = total - (rounded - center) * count
+    rest = finite(left * invstd / count)
+    gamma = weight_of(weight, kinds, c)
+    shift = bias_of(bias, kinds, c) - finite(gamma * rest)
+    fill_column(table, C, c, rounded, rest, invstd, gamma * invstd, shift)
+    return rounded, gamma * invstd, shift
+
+
+@inline
+def unit_of(x, invstd):
+    """INVSTD as the backward sums multiply by it: rounded, and never infinite if it is not."""
+    if not is_double(x) and invstd > LARGEST_UNIT and math.isfinite(invstd):
+        return LARGEST_UNIT
+    return widen(round_like(x, invstd))
+
+
+@inline
+def finish_backward(x, count, sum_dy, sum_dy_xhat, table, C, c):
+    """From a channel's sums to dbias and dweight; `sum_dy_xhat` is in terms of `unit_of`."""
+    invstd, rest = load_float64(table, C * INVSTD + c), load_float64(table, C * REST + c)
+    correction = invstd / unit_of(x, invstd)
+    if math.isfinite(correction):
+        sum_dy_xhat = sum_dy_xhat * correction
+    return sum_dy, sum_dy_xhat - finite(rest * sum_dy)
+
+
+@inline
+def slopes_of(x, mean_dy, mean_dy_xhat, table, C, c):
+    """Channel c's GRAD_MEAN, SLOPE and OFFSET."""
+    invstd, rest = load_float64(table, C * INVSTD + c), load_float64(table, C * REST + c)
+    rounded = widen(round_like(x, mean_dy))
+    low = finite(mean_dy - rounded)
+    return rounded, -mean_dy_xhat * invstd, finite(mean_dy_xhat * rest) - low
+
+
+@inline
+def fill_slopes(slopes, C, c, grad_mean, slope, offset):
+    """Write channel c's column of `slopes`."""
+    store_float64(slopes, c, grad_mean)
+    store_float64(slopes, C * SLOPE + c, slope)
+    store_float64(slopes, C * OFFSET + c, offset)
+
+
+# --- kernels: a warp for each channel, or a thread -----------------------------------------------
+
+
+def finish_stats(storage, aligned, wide):
+    """Merge the chunks of statistics; with a table, what `finish_training` does, too."""
+
+    def finish_stats(
+        partials: Address, chunks: Size, C: Size, weight: Address, bias: Address,
+        running_mean: Address, running_var: Address, kinds: Flag, momentum: Double, eps: Double,
+        table: Address, means: Address, squares: Address,
+    ) -> None:  # fmt: skip
+        x = pointer(storage, aligned, wide, partials)
+        C, chunks = index(C), index(chunks)
+        lane = index(cuda.threadIdx.x)
+        c = index(cuda.blockIdx.x) * index(cuda.blockDim.y) + index(cuda.threadIdx.y)
+        if c < C:  # the whole warp, or none of it
+            first = c * chunks
+            count, total, m2 = 0.0, 0.0, 0.0
+            k = lane
+            while k < chunks:
+                count = count + load_float64(partials, element(x, first + k, 4, COUNT))
+                total = total + load_float64(partials, element(x, first + k, 4, SUM))
+                k = k + 32
+            count, total = warp_sum(count), warp_sum(total)
+            mean = total / count
+            k = lane
+            while k < chunks:
+                n = load_float64(partials, element(x, first + k, 4, COUNT))
+                if n > 0.0:
+                    apart = load_float64(partials, element(x, first + k, 4, SUM)) / n - mean
+                    own = load_float64(partials, element(x, first + k, 4, M2))
+                    m2 = m2 + (own + n * apart * apart)
+                k = k + 32
+            m2 = warp_sum(m2)
+            center = load_float64(partials, element(x, first, 4, CENTER))
+            if lane == 0:
+                if table != 0:
+                    finish_training(
+                        x, count, center, total, m2, weight, bias, running_mean, running_var,
+                        kinds, momentum, eps, table, C, c,
+                    )  # fmt: skip
+                else:
+                    store_float64(means, c, center + mean)
+                    store_float64(squares, c, m2)
+
+    return finish_stats
+
+
+def finish_known(storage, aligned, wide):
+    """Fill the table from float64 means (or 0) and inverse standard deviations (or 1)."""
+
+    def finish_known(
+        mean: Address, invstd: Address, C: Size, weight: Address, bias: Address, kinds: Flag,
+        table: Address,
+    ) -> None:  # fmt: skip
+        x = pointer(storage, aligned, wide, mean)
+        C = index(C)
+        c = index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x)
+        if c < C:
+            middle = load_float64(mean, c) if mean != 0 else 0.0
+            unit = load_float64(invstd, c) if invstd != 0 else 1.0
+            rounded = widen(round_like(x, middle))
+            rest = finite(finite(middle - rounded) * unit)
+            gamma = weight_of(weight, kinds, c)
+            shift = bias_of(bias, kinds, c) - finite(gamma * rest)
+            fill_column(table, C, c, rounded, rest, unit, gamma * unit, shift)
+
+    return finish_known
+
+
+def finish_sums(storage, aligned, wide):
+    """Merge the chunks of backward sums into dbias and dweight, and `slopes`."""
+
+    def finish_sums(
+        partials: Address, chunks: Size, C: Size, table: Address, sums: Address, kinds: Flag,
+        slopes: Address,
+    ) -> None:  # fmt: skip
+        x = pointer(storage, aligned, wide, partials)
+        C, chunks = index(C), index(chunks)
+        lane = index(cuda.threadIdx.x)
+        c = index(cuda.blockIdx.x) * index(cuda.blockDim.y) + index(cuda.threadIdx.y)
+        if c < C:
+            first = c * chunks
+            count, sum_dy, sum_dy_xhat = 0.0, 0.0, 0.0
+            k = lane
+            while k < chunks:
+                at = element(x, first + k, 3, 0)
+                count = count + load_float64(partials, at)
+                sum_dy = sum_dy + load_float64(partials, at + SUM_DY)
+                sum_dy_xhat = sum_dy_xhat + load_float64(partials, at + SUM_DY_XHAT)
+                k = k + 32
+            count, sum_dy, sum_dy_xhat = warp_sum(count), warp_sum(sum_dy), warp_sum(sum_dy_xhat)
+            if lane == 0:
+                dbias, dweight = finish_backward(x, count, sum_dy, sum_dy_xhat, table, C, c)
+                store_any(sums, kinds & 3, c, dbias)
+                store_any(sums, kinds & 3, C + c, dweight)
+                if slopes != 0:
+                    mean_dy, mean_dy_xhat = dbias / count, dweight / count
+                    a, b, offset = slopes_of(x, mean_dy, mean_dy_xhat, table, C, c)
+                    fill_slopes(slopes, C, c, a, b, offset)
+
+    return finish_sums
+
+
+def finish_slopes(storage, aligned, wide):
+    """Fill `slopes` from float64 sums over all workers, of dy and of ``dy * (x - mean)``."""
+
+    def finish_slopes(
+        sum_dy: Address, sum_dy_xmu: Address, count: Double, C: Size, table: Address,
+        slopes: Address,
+    ) -> None:  # fmt: skip
+        x = pointer(storage, aligned, wide, sum_dy)
+        C = index(C)
+        c = index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x)
+        if c < C:
+            mean_dy = load_float64(sum_dy, c) / count
+            invstd = load_float64(table, C * INVSTD + c)
+            mean_dy_xhat = load_float64(sum_dy_xmu, c) * invstd / count
+            grad_mean, slope, offset = slopes_of(x, mean_dy, mean_dy_xhat, table, C, c)
+            fill_slopes(slopes, C, c, grad_mean, slope, offset)
+
+    return finish_slopes

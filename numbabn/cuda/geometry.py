@@ -1,60 +1,77 @@
 """Which slots of 16 bytes a thread works on, in either view.
 
 **Planes.** A row of L elements, one plane, is cut into `slots` slots that lie on multiples of 16
-bytes of the array; the first and the last may hold elements of other rows too. Slots are counted
-through all rows: slot ``t`` is number ``t % slots`` of row ``t // slots``.
+bytes of the array; the first and the last may hold elements of other rows too. A block's threads
+take slots that follow each other.
 
-**Columns.** Rows are put together to `K` columns, a multiple of what a slot holds, so that a slot
-holds the same columns in every row, and only the very last can be incomplete. A block takes a
-tile of `width` slots of each row; its threads stand in rows of `width`.
+**Columns.** Rows of channels are put together to rows of `K` columns, a multiple of what a slot
+holds: so a slot has the same columns in every row, and only the last row may be incomplete. There
+are `height` whole ones, and `left` columns of another. A block takes a tile of `width` slots of
+each row; its threads stand in rows of `width`, `tall` of them. Rows that were put together repeat
+the channels: what is channel ``c % C`` is counted as channel c.
 """
 
 from numba import cuda
 
 from numbabn.cuda.options import inline
-from numbabn.cuda.vector import like, smaller
+from numbabn.cuda.vector import element, index, like, smaller
 
 
 @inline
-def thread_of(size):
-    """The thread's number in its block, as an index."""
-    return like(size, cuda.threadIdx.x)
+def thread():
+    """The thread's number in its block."""
+    return index(cuda.threadIdx.y) * index(cuda.blockDim.x) + index(cuda.threadIdx.x)
 
 
 @inline
-def block_of(size):
-    """The block's number, as an index."""
-    return like(size, cuda.blockIdx.x)
+def threads():
+    """Threads in the block."""
+    return index(cuda.blockDim.x) * index(cuda.blockDim.y)
 
 
 @inline
-def plane_part(t, end, slots, L, V):
-    """Slot t of all rows: where it begins, and which of its V numbers are the row's.
+def row_part(x, row, v, wanted, L, V):
+    """Slot v of a row: where it begins, and which of its V numbers are the row's.
 
-    None are if t is not before `end`.
+    None are if it is not wanted.
     """
-    row = t // slots
-    begin = row * L
-    i = begin - begin % V + (t - row * slots) * V
-    lo = like(L, 0)
+    begin = element(x, row, L, 0)
+    before = like(L, begin % V)  # numbers in the first slot that belong to the row before
+    lo = before if v == 0 else like(L, 0)
     hi = like(L, 0)
-    if i < begin:
-        lo = begin - i
-    if t < end and i < begin + L:
-        hi = smaller(begin + L - i, like(L, V))
-    return i, lo, hi
+    if wanted and v * V < before + L:
+        hi = smaller(before + L - v * V, like(L, V))
+    return begin - before + v * V, lo, hi
 
 
 @inline
-def column_part(m, end, K, k, size, V):
+def plane_part(x, t, end, slots, L, V):
+    """`row_part` of slot t of all rows, if it is before `end`."""
+    row = t // slots
+    return row_part(x, row, t - row * slots, t < end, L, V)
+
+
+@inline
+def next_slot(n, v, slots, by):
+    """The sample n and its slot v that are `by` slots of the channel on."""
+    n = n + by // slots
+    v = v + by % slots
+    if v >= slots:
+        v = v - slots
+        n = n + 1
+    return n, v
+
+
+@inline
+def column_part(x, m, end, height, left, K, k, V):
     """The slot at column k of row m: where it begins, and how many numbers it has.
 
     It has none if m is not before `end`.
     """
     hi = like(K, 0)
-    i = hi
     if m < end:
-        i = m * K + k
-        if i < size:
-            hi = smaller(size - i, like(K, V))
-    return i, hi
+        if m < height:
+            hi = like(K, V)
+        elif k < left:
+            hi = smaller(left - k, like(K, V))
+    return element(x, m, K, k), hi

@@ -20,14 +20,14 @@ from numba.cuda import types
 from numbabn.cuda.options import THREADS
 from numbabn.cuda.vector import FLOAT64
 
-MOST_REGISTERS = 65536  # of a multiprocessor, on every architecture
+Dims = tuple[int, ...]  # blocks or threads in x and y
 
 
 class Kernel:
     """One variant of a kernel."""
 
     def __init__(
-        self, make: Callable[[int, int], Any], storage: int, aligned: bool, wide: bool,
+        self, make: Callable[[int, int, int], Any], storage: int, aligned: bool, wide: bool,
         bounds: tuple[int, int],
     ):  # fmt: skip
         self.make, self.storage, self.aligned, self.wide = make, storage, aligned, wide
@@ -45,7 +45,7 @@ class Kernel:
     @cached_property
     def py_func(self) -> Any:
         """The Python function that is compiled."""
-        return self.make(self.storage, int(self.aligned))
+        return self.make(self.storage, int(self.aligned), int(self.wide))
 
     @cached_property
     def dtypes(self) -> tuple[np.dtype[Any], ...]:
@@ -53,12 +53,13 @@ class Kernel:
         number = np.float64 if self.storage == FLOAT64 else np.float32
         kinds: dict[str, Any] = {
             "Address": np.uint64,
-            "Size": np.uint64 if self.wide else np.uint32,
+            "Size": np.uint32,
             "Number": number,
             "Double": np.float64,
             "Flag": np.int32,
         }
-        return tuple(np.dtype(kinds[kind]) for kind in self.py_func.__annotations__.values())
+        given = self.py_func.__annotations__
+        return tuple(np.dtype(kinds[given[name]]) for name in given if name != "return")
 
     @cached_property
     def signature(self) -> Any:
@@ -87,11 +88,11 @@ def _sources() -> tuple[tuple[str, int, int], ...]:
     return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
 
-Runner = Callable[[Kernel, int, int, int, int, tuple[Any, ...]], None]
+Runner = Callable[[Kernel, Dims, Dims, int, int, tuple[Any, ...]], None]
 
 
 def _run_on_device(
-    kernel: Kernel, grid: int, block: int, shared_bytes: int, stream: int,
+    kernel: Kernel, grid: Dims, block: Dims, shared_bytes: int, stream: int,
     arguments: tuple[Any, ...],
 ) -> None:  # fmt: skip
     kernel.dispatcher[grid, block, _stream(stream), shared_bytes](*arguments)
@@ -129,7 +130,7 @@ def runner(function: Runner) -> Iterator[None]:
 
 
 def launch(
-    kernel: Kernel, grid: int, block: int, shared_bytes: int, stream: int,
+    kernel: Kernel, grid: Dims, block: Dims, shared_bytes: int, stream: int,
     arguments: tuple[Any, ...],
 ) -> None:  # fmt: skip
     """Launch a kernel of `grid` blocks of `block` threads."""
@@ -139,7 +140,7 @@ def launch(
 
 @cache
 def kernel(
-    make: Callable[[int, int], Any], storage: int, aligned: bool, wide: bool,
+    make: Callable[[int, int, int], Any], storage: int, aligned: bool, wide: bool,
     bounds: tuple[int, int] = (THREADS, 4),
 ) -> Kernel:  # fmt: skip
     """The variant of the kernel that `make` makes."""

@@ -11,10 +11,12 @@ from __future__ import annotations
 from numba import cuda
 
 from numbabn.cuda.channels import put_affine
-from numbabn.cuda.geometry import block_of, column_part, plane_part, thread_of
+from numbabn.cuda.geometry import column_part, plane_part, thread, threads
 from numbabn.cuda.options import (
+    PAIR,
     PLANE_ROWS,
     THREADS,
+    TILE_WIDTH,
     Address,
     Double,
     Flag,
@@ -61,26 +63,24 @@ def load_if(given, source, i, lo, hi):
 # --- planes ---------------------------------------------------------------------------------
 
 
-def normalize_planes(storage, aligned):
+def normalize_planes(storage, aligned, wide):
     V = LANES[storage]
 
     def normalize_planes(
         x: Address, residual: Address, bits: Address, out: Address, rows: Size, C: Size, L: Size,
         slots: Size, chunk: Size, weight: Address, bias: Address, running_mean: Address,
         running_var: Address, kinds: Flag, eps: Double, table: Address, floor: Number,
-    ):  # fmt: skip
-        L = index(L)
-        C, slots, chunk = like(L, C), like(L, slots), like(L, chunk)
-        source = pointer(storage, aligned, x)
-        target = pointer(storage, aligned, out)
-        other = pointer(storage, aligned, residual)
-        tid = thread_of(L)
-        begin = block_of(L) * chunk
-        end = smaller(begin + chunk, like(L, rows) * slots)
-        a = begin + tid
+    ) -> None:  # fmt: skip
+        C, L, slots = index(C), index(L), index(slots)
+        source = pointer(storage, aligned, wide, x)
+        target = pointer(storage, aligned, wide, out)
+        other = pointer(storage, aligned, wide, residual)
+        begin = index(cuda.blockIdx.x) * index(chunk)
+        end = smaller(begin + index(chunk), index(rows) * slots)
+        a = begin + thread()
         b = a + THREADS
-        i, lo, hi = plane_part(a, end, slots, L, V)
-        j, lo_j, hi_j = plane_part(b, end, slots, L, V)
+        i, lo, hi = plane_part(source, a, end, slots, L, V)
+        j, lo_j, hi_j = plane_part(source, b, end, slots, L, V)
         slot = load_part(source, i, lo, hi)
         slot_j = load_part(source, j, lo_j, hi_j)
 
@@ -88,7 +88,7 @@ def normalize_planes(storage, aligned):
         scales = shared_like(source, PLANE_ROWS)
         shifts = shared_like(source, PLANE_ROWS)
         first = begin // slots
-        row = first + tid
+        row = first + thread()
         while row * slots < end:
             # The first sample's rows are the channels; whoever has a channel's begin, writes.
             put_affine(
@@ -114,8 +114,8 @@ def normalize_planes(storage, aligned):
                 )  # fmt: skip
             a = b + THREADS
             b = a + THREADS
-            i, lo, hi = plane_part(a, end, slots, L, V)
-            j, lo_j, hi_j = plane_part(b, end, slots, L, V)
+            i, lo, hi = plane_part(source, a, end, slots, L, V)
+            j, lo_j, hi_j = plane_part(source, b, end, slots, L, V)
             slot = load_part(source, i, lo, hi)
             slot_j = load_part(source, j, lo_j, hi_j)
 
@@ -125,50 +125,47 @@ def normalize_planes(storage, aligned):
 # --- columns --------------------------------------------------------------------------------
 
 
-def normalize_columns(storage, aligned):
+def normalize_columns(storage, aligned, wide):
     V = LANES[storage]
-    SPACE = THREADS * LANES[storage]  # columns, and so channels, that a tile can have
+    SPACE = TILE_WIDTH * LANES[storage]  # channels that a tile can have
 
     def normalize_columns(
-        x: Address, residual: Address, bits: Address, out: Address, size: Size, C: Size, L: Size,
-        K: Size, width: Size, tiles: Size, rows: Size, weight: Address, bias: Address,
+        x: Address, residual: Address, bits: Address, out: Address, C: Size, L: Size, K: Size,
+        height: Size, left: Size, rows: Size, weight: Address, bias: Address,
         running_mean: Address, running_var: Address, kinds: Flag, eps: Double, table: Address,
         floor: Number,
-    ):  # fmt: skip
-        size = index(size)
-        C, L, K = like(size, C), like(size, L), like(size, K)
-        width, rows = like(size, width), like(size, rows)
-        source = pointer(storage, aligned, x)
-        target = pointer(storage, aligned, out)
-        other = pointer(storage, aligned, residual)
-        tid = thread_of(size)
-        tile = block_of(size) % like(size, tiles)
-        part = block_of(size) // like(size, tiles)
-        tall = like(size, THREADS) // width
-        column = (tid % width) * V  # of the tile
-        k = tile * width * V + column
-        m = part * rows + tid // width
-        end = smaller(part * rows + rows, (size + K - 1) // K)
-        if tid // width >= tall or k >= K:
-            end = like(size, 0)
-        zero = like(size, 0)
-        i, hi = column_part(m, end, K, k, size, V)
-        j, hi_j = column_part(m + tall, end, K, k, size, V)
+    ) -> None:  # fmt: skip
+        C, L, K, left, height = index(C), index(L), index(K), index(left), index(height)
+        source = pointer(storage, aligned, wide, x)
+        target = pointer(storage, aligned, wide, out)
+        other = pointer(storage, aligned, wide, residual)
+        columns = index(cuda.blockDim.x) * V
+        tall = index(cuda.blockDim.y)
+        column = index(cuda.threadIdx.x) * V  # of the tile
+        k = index(cuda.blockIdx.x) * columns + column
+        m = index(cuda.blockIdx.y) * index(rows) + index(cuda.threadIdx.y)
+        end = index(cuda.blockIdx.y) * index(rows) + index(rows)
+        end = smaller(end, height + (like(K, 1) if left > 0 else like(K, 0)))
+        if k >= K:
+            end = like(K, 0)
+        zero = like(K, 0)
+        i, hi = column_part(source, m, end, height, left, K, k, V)
+        j, hi_j = column_part(source, m + tall, end, height, left, K, k, V)
         slot = load_part(source, i, zero, hi)
         slot_j = load_part(source, j, zero, hi_j)
 
         means = shared_like(source, SPACE)
         scales = shared_like(source, SPACE)
         shifts = shared_like(source, SPACE)
-        first = tile * width * V // L
-        q = tid
-        while q < width * V // L and (first + q) * L < K:
+        first = index(cuda.blockIdx.x) * columns // L
+        q = thread()
+        while q < columns // L and (first + q) * L < K:
             c = first + q
             put_affine(
                 source, weight, bias, running_mean, running_var, kinds, eps, table, C, c % C,
-                c < C and part == 0, means, scales, shifts, q,
+                c < C and cuda.blockIdx.y == 0, means, scales, shifts, q,
             )  # fmt: skip
-            q = q + THREADS
+            q = q + threads()
         cuda.syncthreads()
 
         if m < end:
@@ -186,9 +183,9 @@ def normalize_columns(storage, aligned):
                     source, residual, added_j, bits, j // V, target, j, zero, hi_j, slot_j,
                     mean, scale, shift, floor,
                 )  # fmt: skip
-                m = m + tall * 2
-                i, hi = column_part(m, end, K, k, size, V)
-                j, hi_j = column_part(m + tall, end, K, k, size, V)
+                m = m + tall * PAIR
+                i, hi = column_part(source, m, end, height, left, K, k, V)
+                j, hi_j = column_part(source, m + tall, end, height, left, K, k, V)
                 slot = load_part(source, i, zero, hi)
                 slot_j = load_part(source, j, zero, hi_j)
 

@@ -1,12 +1,11 @@
 """How functions are compiled, and of what kinds a kernel's arguments are.
 
-Kernels take scalars only. A kernel is made by a function of `storage` and `aligned`, which become
-constants in it; its arguments are annotated with what they are:
+Kernels take scalars only. A kernel is made by a function of `storage`, `aligned` and `wide`, which
+become constants in it; its arguments are annotated with what they are:
 
 ======= ====================================================================
 Address of an array, or 0 where there is none: uint64
-Size    a number of elements, or of anything there are as many of: uint32, or
-        uint64 for arrays of 2³¹ elements and more
+Size    a number of rows, columns, slots and the like: uint32
 Number  of the type that is computed with: float32, or float64 for float64
 Double  float64
 Flag    int32
@@ -32,3 +31,5 @@ THREADS = 256  # in a block of every kernel that streams
 PAIR = 2  # slots of each array that a thread has in flight at once
 PLANE_CHUNK = 8 * THREADS  # slots that a block of an elementwise kernel for planes takes at most
 PLANE_ROWS = PLANE_CHUNK // 16 + 2  # rows that these are in at most: a row has 16 slots or more
+TILE_WIDTH = 64  # slots of a tile of columns, unless the fewest whole channels need more
+WIDEST_TILE = 128  # then

@@ -9,61 +9,99 @@ from functools import cache
 from math import gcd
 from typing import NamedTuple
 
-from numbabn.cuda.options import PAIR, PLANE_CHUNK, THREADS
+from numbabn.cuda.options import PAIR, PLANE_CHUNK, THREADS, TILE_WIDTH, WIDEST_TILE
 from numbabn.layout import View
 
 BLOCKS = 132 * 8  # enough for every multiprocessor to have as many as it can hold
+MOST_TURNS = 16  # tiles that a thread sums in float32
+MOST_PARTS = 65535  # a grid's largest y
 SHORT_PLANE = 128  # shorter ones are columns
 
 
 class Planes(NamedTuple):
     """See `geometry`."""
 
-    rows: int
+    N: int
     C: int
     L: int
     slots: int  # of a row
     chunk: int  # slots of a block, elementwise
+    part: int  # slots of a chunk of a channel
 
     @property
     def bits(self) -> int:
         """Bytes that the ReLU's bits take."""
-        return self.rows * self.slots
+        return self.N * self.C * self.slots
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a channel."""
+        return -(-self.N * self.slots // self.part)
+
+    @property
+    def element_grid(self) -> tuple[int, ...]:
+        return (-(-self.bits // self.chunk),)
+
+    @property
+    def chunk_grid(self) -> tuple[int, ...]:
+        return self.C, self.chunks
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        return (THREADS,)
 
     @property
     def element_sizes(self) -> tuple[int, ...]:
-        return self.rows, self.C, self.L, self.slots, self.chunk
+        return self.N * self.C, self.C, self.L, self.slots, self.chunk
 
     @property
-    def element_blocks(self) -> int:
-        return -(-self.rows * self.slots // self.chunk)
+    def chunk_sizes(self) -> tuple[int, ...]:
+        return self.N, self.C, self.L, self.slots, self.part
 
 
 class Columns(NamedTuple):
     """See `geometry`."""
 
-    size: int
     C: int
     L: int
     K: int
-    lanes: int
-    width: int  # slots of a tile
+    height: int
+    left: int
+    width: int
+    tall: int
     tiles: int
-    height: int  # rows of K columns, the last perhaps incomplete
+    copies: int  # rows of channels in a row of K columns
+    bits: int  # bytes that the ReLU's bits take
     rows: int  # of a block, elementwise
+    part: int  # rows of a chunk
 
     @property
-    def bits(self) -> int:
-        """Bytes that the ReLU's bits take."""
-        return -(-self.size // self.lanes)
+    def chunks(self) -> int:
+        """Chunks of a channel."""
+        return self.copies * self._parts(self.part)
+
+    def _parts(self, rows: int) -> int:
+        return -(-(self.height + (self.left > 0)) // rows)
+
+    @property
+    def element_grid(self) -> tuple[int, ...]:
+        return self.tiles, self._parts(self.rows)
+
+    @property
+    def chunk_grid(self) -> tuple[int, ...]:
+        return self.tiles, self._parts(self.part)
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        return self.width, self.tall
 
     @property
     def element_sizes(self) -> tuple[int, ...]:
-        return self.size, self.C, self.L, self.K, self.width, self.tiles, self.rows
+        return self.C, self.L, self.K, self.height, self.left, self.rows
 
     @property
-    def element_blocks(self) -> int:
-        return self.tiles * -(-self.height // self.rows)
+    def chunk_sizes(self) -> tuple[int, ...]:
+        return self.C, self.L, self.K, self.height, self.left, self.part
 
 
 @cache
@@ -71,19 +109,37 @@ def plan(view: View, itemsize: int) -> Planes | Columns:
     """The plan for arrays that lie like `view`."""
     N, C, L = view.sizes
     V = 16 // itemsize
-    if L >= SHORT_PLANE and (L % V == 0 or L // gcd(L, V) > THREADS):
+    if L >= SHORT_PLANE and (L % V == 0 or L // gcd(L, V) > WIDEST_TILE):
         slots = L // V if L % V == 0 else (L + V - 2) // V + 1
         turn = THREADS * PAIR
         turns = min(max(N * C * slots // (turn * BLOCKS), 1), PLANE_CHUNK // turn)
-        return Planes(N * C, C, L, slots, turn * turns)
-    K = C * L * (V // gcd(C * L, V))
-    height = -(-N * C * L // K)
+        return Planes(N, C, L, slots, turn * turns, _turns(N * slots, 4 * THREADS, C))
+    copies = V // gcd(C * L, V)
+    K = C * L * copies
+    height, left = divmod(N * C * L, K)
     unit = L // gcd(L, V)  # slots of the fewest channels that fill slots
-    tall = min(8, -(-height // PAIR))
-    most = max(1, THREADS // tall // unit)  # units in a tile
+    tall = min(8, -(-(height + 1) // PAIR))
+    most = max(1, min(THREADS // tall, TILE_WIDTH) // unit)  # units in a tile
     units = K // V // unit
     tiles = -(-units // most)
     width = unit * -(-units // tiles)
-    turn = THREADS // width * PAIR
-    turns = min(max(-(-height // turn) * tiles // BLOCKS, 1), 8)
-    return Columns(N * C * L, C, L, K, V, width, tiles, height, turn * turns)
+    tiles = -(-units * unit // width)
+    tall = THREADS // width
+    rows = height + (left > 0)
+    turn = tall * PAIR
+    turns = min(max(-(-rows // turn) * tiles // BLOCKS, 1), 8)
+    turns = max(turns, -(-rows // turn // MOST_PARTS))
+    part = _turns(rows, 4 * tall, tiles)
+    bits = -(-N * C * L // V)
+    return Columns(C, L, K, height, left, width, tall, tiles, copies, bits, turn * turns, part)
+
+
+def _turns(length: int, turn: int, beside: int) -> int:
+    """How much of `length` a block should sum: a multiple of what it does in a `turn`.
+
+    Not so much that float32 sums grow long or blocks too few, `beside` others being at work; not
+    so little that there are more chunks than a grid can have.
+    """
+    turns = -(-length // turn)
+    wanted = min(max(turns * beside // BLOCKS, 1), MOST_TURNS)
+    return turn * max(wanted, -(-turns // MOST_PARTS))

@@ -47,13 +47,17 @@ class Index(types.Type):
 
 
 class Pointer(types.Type):
-    """An address in global memory; `aligned` if slots there may be read as a whole."""
+    """An address in global memory; `aligned` if slots there may be read as a whole.
 
-    def __init__(self, storage: int, aligned: bool):
+    `wide` if there are too many elements to count them with 32 bits.
+    """
+
+    def __init__(self, storage: int, aligned: bool, wide: bool = False):
         self.storage, self.aligned = storage, aligned
+        self.index = Index(64 if wide else 32)
         self.lanes = LANES[storage]
         self.dtype = types.float64 if storage == FLOAT64 else types.float32
-        super().__init__(name=f"pointer({storage}, {aligned})")
+        super().__init__(name=f"pointer({storage}, {aligned}, {wide})")
 
 
 class Slot(types.Type):
@@ -182,7 +186,7 @@ def _index_operator(operation: Any, result: Any, emit: Any) -> None:
     @type_callable(operation)
     def typing(context: Any) -> Any:
         def typer(a: Any, b: Any) -> Any:
-            if isinstance(a, Index) and (a == b or isinstance(b, types.Integer)):
+            if isinstance(a, Index) and isinstance(b, (Index, types.Integer)):
                 return a if result is None else result
             return None
 
@@ -232,16 +236,29 @@ def smaller(typingctx: Any, a: Any, b: Any) -> Any:
 
 
 @intrinsic
-def pointer(typingctx: Any, storage: Any, aligned: Any, address: Any) -> Any:
-    """A pointer from an address; `storage` and `aligned` are constants."""
-    if not isinstance(storage, types.IntegerLiteral):
+def pointer(typingctx: Any, storage: Any, aligned: Any, wide: Any, address: Any) -> Any:
+    """A pointer from an address; `storage`, `aligned` and `wide` are constants."""
+    constants = (storage, aligned, wide)
+    if not all(isinstance(constant, types.IntegerLiteral) for constant in constants):
         return None
-    kind = Pointer(storage.literal_value, bool(aligned.literal_value))
+    kind = Pointer(*(constant.literal_value for constant in constants))
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return args[2]
+        return args[3]
 
-    return kind(storage, aligned, types.uint64), codegen
+    return kind(*constants, types.uint64), codegen
+
+
+@intrinsic
+def element(typingctx: Any, pointer: Any, row: Any, stride: Any, column: Any) -> Any:
+    """``row * stride + column``, as wide as `pointer` needs."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.IntType(pointer.index.bits)
+        row, stride, column = (_resize(builder, arg, kind) for arg in args[1:])
+        return builder.add(builder.mul(row, stride), column)
+
+    return pointer.index(pointer, row, stride, column), codegen
 
 
 @intrinsic
@@ -390,15 +407,31 @@ def no_slot(typingctx: Any) -> Any:
 
 
 @intrinsic
-def opaque(typingctx: Any, slot: Any) -> Any:
-    """The same slot, but the compiler cannot know: what was decoded from it is not kept."""
+def opaque(typingctx: Any, value: Any) -> Any:
+    """The same slot, vector or index, but the compiler cannot know.
+
+    So it keeps nothing that was computed from it earlier, and unrolls no loop up to it: what is
+    rarely done should not take registers from what is.
+    """
+
+    def move(builder: Any, number: Any) -> Any:
+        kind = number.type
+        suffix, register = {I32: ("b32", "r"), I64: ("b64", "l"), FLOAT: ("f32", "f")}.get(
+            kind, ("f64", "d")
+        )
+        code = f"mov.{suffix} $0, $1;"
+        function = ir.FunctionType(kind, [kind])
+        return builder.call(
+            ir.InlineAsm(function, code, f"={register},{register}", side_effect=True), [number]
+        )
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(I32, [I32])
-        move = ir.InlineAsm(kind, "mov.b32 $0, $1;", "=r,r", side_effect=True)
-        return _pack(builder, RAW, [builder.call(move, [w]) for w in _lanes(builder, args[0])])
+        if isinstance(value, Index):
+            return move(builder, args[0])
+        lanes = _lanes(builder, args[0])
+        return _pack(builder, args[0].type, [move(builder, lane) for lane in lanes])
 
-    return slot_type(slot), codegen
+    return value(value), codegen
 
 
 def _widened(builder: Any, pointer: Pointer, number: Any) -> Any:
@@ -485,7 +518,7 @@ def scalar(typingctx: Any, pointer: Any, i: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         size = ITEMSIZE[pointer.storage]
-        number = _load(builder, _at(builder, *args, size, _stored(pointer)), size)
+        number = _load(builder, _at(builder, args[0], args[1], size, _stored(pointer)), size)
         return _widened(builder, pointer, number)
 
     return pointer.dtype(pointer, i), codegen
@@ -496,7 +529,7 @@ def load_float64(typingctx: Any, address: Any, i: Any) -> Any:
     """The float64 number `i` at `address`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _load(builder, _at(builder, *args, 8, DOUBLE), 8)
+        return _load(builder, _at(builder, args[0], args[1], 8, DOUBLE), 8)
 
     return types.float64(types.uint64, i), codegen
 
@@ -566,7 +599,7 @@ def load_byte(typingctx: Any, address: Any, i: Any) -> Any:
     """Byte `i` at `address`, as 32 bits."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.zext(_load(builder, _at(builder, *args, 1, I8), 1), I32)
+        return builder.zext(_load(builder, _at(builder, args[0], args[1], 1, I8), 1), I32)
 
     return types.uint32(types.uint64, i), codegen
 
@@ -652,12 +685,17 @@ def put(typingctx: Any, shared: Any, i: Any, value: Any) -> Any:
 
 @intrinsic
 def get_vector(typingctx: Any, pointer: Any, shared: Any, i: Any) -> Any:
-    """As many numbers from `i` on as a slot at `pointer` has."""
+    """As many numbers from `i` on, a multiple of that, as a slot at `pointer` has."""
     result = Vector(shared.dtype, pointer.lanes)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         first = _shared_at(builder, args[1], args[2])
-        lanes = [builder.load(builder.gep(first, [I32(j)])) for j in range(result.lanes)]
+        piece = ir.VectorType(_scalar(shared.dtype), 4 if shared.dtype == types.float32 else 2)
+        lanes = []
+        for j in range(0, result.lanes, piece.count):
+            at = builder.bitcast(builder.gep(first, [I32(j)]), piece.as_pointer(SHARED))
+            vector = _load(builder, at, 16)
+            lanes += [builder.extract_element(vector, I32(n)) for n in range(piece.count)]
         return _pack(builder, _array(result), lanes)
 
     return result(pointer, shared, i), codegen
@@ -828,6 +866,39 @@ def sum_lanes(typingctx: Any, value: Any) -> Any:
         return lanes[0]
 
     return value.dtype(value), codegen
+
+
+@intrinsic
+def doubtful(typingctx: Any, squares: Any, shift: Any) -> Any:
+    """Whether squares may have been lost, summing to `squares` about something near `shift`.
+
+    A sum of float32 squares is good if it is neither near overflow (or NaN) nor so small that
+    squares can have underflowed. It is 0, rightly, for equal numbers that are not tiny.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bad = I1(0)
+        if squares in (types.float64, Vector(types.float64, 2)):
+            return bad
+        pairs = (
+            [args]
+            if squares == types.float32
+            else zip(*(_lanes(builder, a) for a in args), strict=True)
+        )
+        for total, near in pairs:
+            good = builder.and_(
+                builder.fcmp_ordered(">", total, FLOAT(2.0**-100)),
+                builder.fcmp_ordered("<", total, FLOAT(2.0**100)),
+            )
+            large = builder.or_(
+                builder.fcmp_ordered(">", near, FLOAT(2.0**-40)),
+                builder.fcmp_ordered("<", near, FLOAT(-(2.0**-40))),
+            )
+            equal = builder.and_(builder.fcmp_ordered("==", total, FLOAT(0.0)), large)
+            bad = builder.or_(bad, builder.not_(builder.or_(good, equal)))
+        return bad
+
+    return types.boolean(squares, shift), codegen
 
 
 def _vector_operator(operation: Any, instruction: str) -> None:
