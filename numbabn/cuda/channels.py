@@ -111,25 +111,28 @@ def put_affine(
 
 
 @inline
-def finish_training(
-    x, count, center, total, m2, weight, bias, running_mean, running_var, kinds, momentum, eps,
-    table, C, c,
+def update_running(
+    count, center, total, m2, running_mean, running_var, kinds, momentum, c
 ):  # fmt: skip
-    """Update channel c's running statistics and fill its column of the table.
-
-    From the count, ``sum(x - center)`` and m2 of all its values; gives MEAN, SCALE and SHIFT.
-    """
-    mean = center + total / count
+    """Update channel c's running statistics."""
     if running_mean != 0:
         kind = (kinds >> 4) & 3
         old = (1.0 - momentum) * load_any(running_mean, kind, c)
-        store_any(running_mean, kind, c, old + momentum * mean)
+        store_any(running_mean, kind, c, old + momentum * (center + total / count))
     if running_var != 0:
         kind = (kinds >> 6) & 3
         old = (1.0 - momentum) * load_any(running_var, kind, c)
         store_any(running_var, kind, c, old + momentum * (m2 / (count - 1.0)))
+
+
+@inline
+def finish_training(x, count, center, total, m2, weight, bias, kinds, eps, table, C, c):
+    """Fill channel c's column of the table; gives MEAN, SCALE and SHIFT.
+
+    From the count, ``sum(x - center)`` and m2 of all its values.
+    """
     invstd = 1.0 / math.sqrt(m2 / count + eps)
-    rounded = widen(round_like(x, mean))
+    rounded = widen(round_like(x, center + total / count))
     # sum(x - rounded), so that nothing underflows even if all of x is subnormal.
     left = total - (rounded - center) * count
     rest = finite(left * invstd / count)
@@ -178,7 +181,7 @@ def fill_slopes(slopes, C, c, grad_mean, slope, offset):
 
 
 def finish_stats(storage, aligned, wide):
-    """Merge the chunks of statistics; with a table, what `finish_training` does, too."""
+    """Merge the chunks of statistics; with a table, finish the channels, too."""
 
     def finish_stats(
         partials: Address, chunks: Size, C: Size, weight: Address, bias: Address,
@@ -211,10 +214,12 @@ def finish_stats(storage, aligned, wide):
             center = load_float64(partials, element(x, first, 4, CENTER))
             if lane == 0:
                 if table != 0:
+                    update_running(
+                        count, center, total, m2, running_mean, running_var, kinds, momentum, c
+                    )
                     finish_training(
-                        x, count, center, total, m2, weight, bias, running_mean, running_var,
-                        kinds, momentum, eps, table, C, c,
-                    )  # fmt: skip
+                        x, count, center, total, m2, weight, bias, kinds, eps, table, C, c
+                    )
                 else:
                     store_float64(means, c, center + mean)
                     store_float64(squares, c, m2)

@@ -37,10 +37,12 @@ def row_part(x, row, v, wanted, L, V):
     """
     begin = element(x, row, L, 0)
     before = like(L, begin % V)  # numbers in the first slot that belong to the row before
-    lo = before if v == 0 else like(L, 0)
+    lo = like(L, 0)
     hi = like(L, 0)
     if wanted and v * V < before + L:
         hi = smaller(before + L - v * V, like(L, V))
+        if v == 0:
+            lo = before
     return begin - before + v * V, lo, hi
 
 

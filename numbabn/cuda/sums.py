@@ -64,9 +64,11 @@ def tile_sums(work, columns, tall, L):
         j = j + threads()
     cuda.syncthreads()
     if L > 1:
-        lane, warps = thread() & 31, threads() >> 5  # whole warps: others cannot shuffle
+        lane, warps = thread() & 31, threads() >> 5
         q = thread() >> 5
-        while q < warps and q * L < columns:
+        if q == warps:  # not a whole warp, so it cannot shuffle
+            q = columns
+        while q * L < columns:
             total = 0.0
             j = lane
             while j < L:

@@ -855,6 +855,18 @@ def part_bits(typingctx: Any, lo: Any, hi: Any) -> Any:
 
 
 @intrinsic
+def lane(typingctx: Any, value: Any, j: Any) -> Any:
+    """Lane `j` (a constant) of a vector."""
+    if not isinstance(j, types.IntegerLiteral):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.extract_value(args[0], j.literal_value)
+
+    return value.dtype(value, j), codegen
+
+
+@intrinsic
 def sum_lanes(typingctx: Any, value: Any) -> Any:
     """Sum of the lanes, by halving: a fixed order."""
 
