@@ -194,24 +194,28 @@ def finish_stats(storage, aligned, wide):
         c = index(cuda.blockIdx.x) * index(cuda.blockDim.y) + index(cuda.threadIdx.y)
         if c < C:  # the whole warp, or none of it
             first = c * chunks
+            center = load_float64(partials, element(x, first, 4, CENTER))
             count, total, m2 = 0.0, 0.0, 0.0
             k = lane
             while k < chunks:
-                count = count + load_float64(partials, element(x, first + k, 4, COUNT))
-                total = total + load_float64(partials, element(x, first + k, 4, SUM))
+                at = element(x, first + k, 4, 0)
+                n = load_float64(partials, at + COUNT)
+                apart = load_float64(partials, at + CENTER) - center
+                count = count + n
+                total = total + (apart * n + load_float64(partials, at + SUM))
                 k = k + 32
             count, total = warp_sum(count), warp_sum(total)
             mean = total / count
             k = lane
             while k < chunks:
-                n = load_float64(partials, element(x, first + k, 4, COUNT))
+                at = element(x, first + k, 4, 0)
+                n = load_float64(partials, at + COUNT)
                 if n > 0.0:
-                    apart = load_float64(partials, element(x, first + k, 4, SUM)) / n - mean
-                    own = load_float64(partials, element(x, first + k, 4, M2))
-                    m2 = m2 + (own + n * apart * apart)
+                    apart = load_float64(partials, at + CENTER) - center - mean
+                    apart = apart + load_float64(partials, at + SUM) / n
+                    m2 = m2 + (load_float64(partials, at + M2) + n * (apart * apart))
                 k = k + 32
             m2 = warp_sum(m2)
-            center = load_float64(partials, element(x, first, 4, CENTER))
             if lane == 0:
                 if table != 0:
                     update_running(

@@ -15,7 +15,6 @@ from numbabn.cuda.channels import (
     MEAN,
     SCALE,
     SHIFT,
-    fill_slopes,
     finish_backward,
     finish_training,
     slopes_of,
@@ -25,18 +24,10 @@ from numbabn.cuda.geometry import next_slot, thread, threads
 from numbabn.cuda.gradients import (
     bits_of,
     cut_off,
-    element_slot,
-    spread,
-    spread_unit,
-    store_if,
     table_entry,
     table_unit,
 )
-from numbabn.cuda.normalization import finish_slot, load_if
 from numbabn.cuda.options import (
-    FUSED_WORK,
-    TILE_WIDTH,
-    WIDEST_TILE,
     Address,
     Double,
     Flag,
@@ -44,8 +35,8 @@ from numbabn.cuda.options import (
     Size,
     inline,
 )
-from numbabn.cuda.reductions import first_value, merge_threads, put_centers, slot_again
-from numbabn.cuda.sums import SUM_SPACE, block_sums, tile_sums
+from numbabn.cuda.reductions import first_value, merge_threads, slot_again
+from numbabn.cuda.sums import SUM_SPACE, block_sums
 from numbabn.cuda.vector import (
     LANES,
     as_float,
@@ -56,8 +47,6 @@ from numbabn.cuda.vector import (
     element,
     fma,
     get,
-    get_columns,
-    get_vector,
     index,
     lane,
     like,
@@ -68,11 +57,8 @@ from numbabn.cuda.vector import (
     pointer,
     positive_bits,
     put,
-    put_vector,
-    scalar,
     shared_float64,
     shared_like,
-    splat,
     store,
     store_any,
     store_byte,
@@ -177,7 +163,7 @@ def forward_planes(storage, aligned, wide):
         m2 = add_squares(source, s3, shift, middle, mine > 3, m2)
         m2 = add_squares(source, s4, shift, middle, mine > 4, m2)
         m2 = add_squares(source, s5, shift, middle, mine > 5, m2)
-        number, offset, squares = widen(count), (widen(shift) - center) + widen(middle), widen(m2)
+        number, near, offset, squares = widen(count), widen(shift), widen(middle), widen(m2)
         if mine > 0 and doubtful(m2, shift):
             sum_, squares = 0.0, 0.0
             u = thread()
@@ -186,11 +172,13 @@ def forward_planes(storage, aligned, wide):
                 a, b = slot_again(source, slot, part_bits(like(C, 0), like(C, V)), center)
                 sum_, squares = sum_ + a, squares + b
                 u = u + step
-            offset = sum_ / number
+            near, offset = center, sum_ / number
             squares = squares - offset * sum_
         scratch, affine = shared_float64(SUM_SPACE), shared_like(source, 3)
         found = shared_float64(4)
-        number, all_, squares = merge_threads(number, offset, squares, scratch)
+        number, center, all_, squares = merge_threads(
+            number, near, offset, squares, center, scratch
+        )
         if thread() == 0:
             put(found, like(C, 0), number)
             put(found, like(C, 1), center)

@@ -42,11 +42,13 @@ from numbabn.cuda.vector import (
     LANES,
     as_float,
     as_float64,
+    close_sum,
     decode,
     fma,
     get,
     get_vector,
     index,
+    is_double,
     keep,
     like,
     load_byte,
@@ -95,6 +97,16 @@ def store_if(given, target, i, lo, hi, value):
 
 
 @inline
+def add_up(x, total, lost, value):
+    """A new total, and, for float64, all that was lost to rounding so far (Knuth's two-sum)."""
+    new = total + value
+    if is_double(x):
+        back = new - total
+        lost = lost + ((total - (new - back)) + (value - back))
+    return new, lost
+
+
+@inline
 def store_chunk_sums(partials, at, count, sum_dy, sum_dy_xhat):
     """Chunk number `at` of all channels' chunks."""
     store_float64(partials, at * 3 + COUNT, count)
@@ -137,7 +149,7 @@ def backward_sums_planes(storage, aligned, wide):
         shift = table_entry(source, table, C, SHIFT, c)
         n, v = u // slots, u % slots
         total = as_float(source, like(L, 0))
-        products, count = total, like(L, 0)
+        products, lost, lost_products, count = total, total, total, like(L, 0)
         while u < end:
             row = n * C + c
             i, lo, hi = row_part(source, row, v, True, L, V)
@@ -160,11 +172,13 @@ def backward_sums_planes(storage, aligned, wide):
             store_if(grad_residual, passed, j, lo_j, hi_j, h)
             store_if(grad_input, target, j, lo_j, hi_j, h * scale)
             h, xhat_j = keep_part(h, lo_j, hi_j, V), keep_part(xmu * unit, lo_j, hi_j, V)
-            total = total + sum_lanes(g + h)
-            products = products + sum_lanes(fma(h, xhat_j, g * xhat))
+            total, lost = add_up(source, total, lost, sum_lanes(g + h))
+            more = sum_lanes(fma(h, xhat_j, g * xhat))
+            products, lost_products = add_up(source, products, lost_products, more)
             count = count + (hi - lo) + (hi_j - lo_j)
             u = u + PAIR * THREADS
         scratch = shared_float64(SUM_SPACE)
+        total, products = close_sum(total, lost), close_sum(products, lost_products)
         sum_dy, sum_dy_xhat = block_sums(widen(total), widen(products), scratch)
         number, _ = block_sums(as_float64(count), 0.0, scratch)
         if thread() == 0:
@@ -307,7 +321,7 @@ def backward_sums_columns(storage, aligned, wide):
         if k >= K:
             end = zero
         total = splat(source, as_float(source, zero))
-        products = total
+        products, lost, lost_products = total, total, total
         while m < end:
             i, hi = column_part(source, m, end, height, left, K, k, V)
             slot, grad = load_part(source, i, zero, hi), load_part(gradient, i, zero, hi)
@@ -319,12 +333,15 @@ def backward_sums_columns(storage, aligned, wide):
             store_if(grad_residual, passed, i, zero, hi, g)
             store_if(grad_input, target, i, zero, hi, g * scale)
             xhat = keep_part(xmu * get_vector(source, units, here), zero, hi, V)
-            total = total + g
-            products = fma(g, xhat, products)
+            total, lost = add_up(source, total, lost, g)
+            if is_double(source):
+                products, lost_products = add_up(source, products, lost_products, g * xhat)
+            else:
+                products = fma(g, xhat, products)
             m = m + tall
         at = down * columns + column
         if k < K:
-            put_vector(work, at, widen(total))
+            put_vector(work, at, widen(close_sum(total, lost)))
         tile_sums(work, columns, tall, L)
         copies = K // (C * L)
         q = thread()
@@ -337,7 +354,7 @@ def backward_sums_columns(storage, aligned, wide):
             q = q + threads()
         cuda.syncthreads()
         if k < K:
-            put_vector(work, at, widen(products))
+            put_vector(work, at, widen(close_sum(products, lost_products)))
         tile_sums(work, columns, tall, L)
         begin = smaller(part * index(rows), height)
         whole = smaller(begin + index(rows), height) - begin

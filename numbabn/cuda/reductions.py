@@ -29,10 +29,12 @@ from numbabn.cuda.vector import (
     get,
     get_columns,
     index,
+    is_double,
     keep,
     like,
     load,
     load_part,
+    middle_slot,
     no_slot,
     opaque,
     part_bits,
@@ -99,12 +101,21 @@ def slot_again(x, slot, bits, center):
 
 
 @inline
-def merge_threads(count, mean, m2, scratch):
-    """A block's count, sum and m2, from each thread's count, mean and m2."""
-    count_all, total = block_sums(count, mean * count if count > 0.0 else 0.0, scratch)
-    apart = mean - total / count_all
-    m2, _ = block_sums(m2 + count * (apart * apart) if count > 0.0 else 0.0, 0.0, scratch)
-    return count_all, total, m2
+def merge_threads(count, near, mean, m2, center, scratch):
+    """A block's count, center, sum and m2, from each thread's count, mean less `near`, and m2.
+
+    The sum is relative to a new center, which is next to the mean: `center`, the channel's first
+    value, may be an outlier.
+    """
+    here = count > 0.0
+    number, total = block_sums(count, ((near - center) + mean) * count if here else 0.0, scratch)
+    moved = center + total / number
+    if not math.isfinite(moved):
+        moved = center
+    apart = (near - moved) + mean
+    m2 = m2 + count * (apart * apart) if here else 0.0
+    m2, rest = block_sums(m2, apart * count if here else 0.0, scratch)
+    return number, moved, rest, m2 - rest * (rest / number)
 
 
 def stats_planes(storage, aligned, wide):
@@ -146,9 +157,9 @@ def stats_planes(storage, aligned, wide):
                     as_float(source, total), shift, count, mean, m2,
                 )  # fmt: skip
             u = u + 4 * THREADS
-        number, offset, squares = widen(count), (widen(shift) - center) + widen(mean), widen(m2)
+        number, near, offset, squares = widen(count), widen(shift), widen(mean), widen(m2)
         if number > 0.0 and doubtful(m2, shift):
-            offset, squares = 0.0, 0.0
+            near, offset, squares = center, 0.0, 0.0
             u = begin + thread()
             while u < end:
                 n = u // slots
@@ -160,7 +171,9 @@ def stats_planes(storage, aligned, wide):
             squares = squares - offset * (offset / number)
             offset = offset / number
         scratch = shared_float64(SUM_SPACE)
-        number, total, squares = merge_threads(number, offset, squares, scratch)
+        number, center, total, squares = merge_threads(
+            number, near, offset, squares, center, scratch
+        )
         if thread() == 0:
             at = c * index(cuda.gridDim.y) + k
             store_chunk(partials, at, number, center, total, squares)
@@ -262,6 +275,10 @@ def stats_columns(storage, aligned, wide):
         one = no_slot()
         if mine > 0:
             one = load(source, i)
+            if is_double(source):  # has no bits to spare for a shift by an outlier
+                last = element(source, begin + down + (mine - 1) * tall, K, k)
+                half = element(source, begin + down + (mine // 2) * tall, K, k)
+                one = middle_slot(source, one, load(source, half), load(source, last))
             mean, m2 = column_moments(source, i, step, mine, one)
         again = mine > 0 and doubtful(m2, decode(source, one))
         number, lanes = as_float64(mine), opaque(like(K, V))
@@ -283,27 +300,28 @@ def stats_columns(storage, aligned, wide):
         tile_sums(work, columns, tall, L)
         q = thread()
         while q < channels:
+            # From here on relative to the mean: the first value may be an outlier.
             count = whole + 1 if (first + q) * L < left else whole
-            put(middles, q, get(work, q * L) / as_float64(count * L) if count > 0 else 0.0)
+            moved = get(centers, q)
+            if count > 0:
+                moved = moved + get(work, q * L) / as_float64(count * L)
+            put(middles, q, moved if math.isfinite(moved) else get(centers, q))
             q = q + threads()
         cuda.syncthreads()
         if k < K:
             shift, mean = decode(source, opaque(one)), opaque(mean)
-            apart = (widen(shift) - get_columns(source, centers, column, L)) + widen(mean)
-            apart = apart - get_columns(source, middles, column, L)
+            apart = (widen(shift) - get_columns(source, middles, column, L)) + widen(mean)
             put_vector(work, at, fma(apart * apart, number, widen(m2)))
             j = like(K, 0)
             while again and j < lanes:
-                q = (column + j) // L
-                own, squares = column_again(source, i + j, step, mine, get(centers, q))
-                own = own - get(middles, q)
+                middle = get(middles, (column + j) // L)
+                own, squares = column_again(source, i + j, step, mine, middle)
                 put(work, at + j, squares + own * own * number)
                 j = j + 1
             j = like(K, 0)
             while down == 0 and j < lanes and k + j < left:
-                q = (column + j) // L
-                own = widen(scalar(source, element(source, height, K, k + j))) - get(centers, q)
-                own = own - get(middles, q)
+                own = widen(scalar(source, element(source, height, K, k + j)))
+                own = own - get(middles, (column + j) // L)
                 put(work, at + j, get(work, at + j) + own * own)
                 j = j + 1
         tile_sums(work, columns, tall, L)
@@ -311,11 +329,35 @@ def stats_columns(storage, aligned, wide):
         q = thread()
         while q < channels and (first + q) * L < K:
             c = first + q
-            values = as_float64((whole + 1 if c * L < left else whole) * L)
-            store_chunk(
-                partials, ((c % C) * copies + c // C) * parts + part, values, get(centers, q),
-                get(middles, q) * values, get(work, q * L),
-            )  # fmt: skip
+            chunk = (((c % C) * copies + c // C) * parts + part) * 4
+            count = whole + 1 if c * L < left else whole
+            store_float64(partials, chunk + COUNT, as_float64(count * L))
+            store_float64(partials, chunk + CENTER, get(middles, q))
+            store_float64(partials, chunk + M2, get(work, q * L))
+            q = q + threads()
+        cuda.syncthreads()
+        # What rounding left of the mean.
+        if k < K:
+            shift, mean = decode(source, opaque(one)), opaque(mean)
+            apart = (widen(shift) - get_columns(source, middles, column, L)) + widen(mean)
+            put_vector(work, at, apart * number)
+            j = like(K, 0)
+            while again and j < lanes:
+                middle = get(middles, (column + j) // L)
+                put(work, at + j, column_again(source, i + j, step, mine, middle)[0] * number)
+                j = j + 1
+            j = like(K, 0)
+            while down == 0 and j < lanes and k + j < left:
+                own = widen(scalar(source, element(source, height, K, k + j)))
+                own = own - get(middles, (column + j) // L)
+                put(work, at + j, get(work, at + j) + own)
+                j = j + 1
+        tile_sums(work, columns, tall, L)
+        q = thread()
+        while q < channels and (first + q) * L < K:
+            c = first + q
+            chunk = (((c % C) * copies + c // C) * parts + part) * 4
+            store_float64(partials, chunk + SUM, get(work, q * L))
             q = q + threads()
 
     return stats_columns

@@ -407,6 +407,29 @@ def no_slot(typingctx: Any) -> Any:
 
 
 @intrinsic
+def middle_slot(typingctx: Any, pointer: Any, a: Any, b: Any, c: Any) -> Any:
+    """Number by number, the middle one of three slots'."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        chosen = []
+        slots = [_numbers(builder, pointer, slot) for slot in args[1:]]
+        for numbers in zip(*slots, strict=True):
+            x, y, z = numbers
+            u, v, w = (_widened(builder, pointer, number) for number in numbers)
+            x_under_y = builder.fcmp_ordered("<", u, v)
+            low, low_value = builder.select(x_under_y, x, y), builder.select(x_under_y, u, v)
+            high, high_value = builder.select(x_under_y, y, x), builder.select(x_under_y, v, u)
+            under_high = builder.fcmp_ordered("<", w, high_value)
+            top, top_value = builder.select(under_high, z, high), builder.select(
+                under_high, w, high_value
+            )
+            chosen.append(builder.select(builder.fcmp_ordered("<", top_value, low_value), low, top))
+        return _words(builder, chosen)
+
+    return slot_type(pointer, a, b, c), codegen
+
+
+@intrinsic
 def opaque(typingctx: Any, value: Any) -> Any:
     """The same slot, vector or index, but the compiler cannot know.
 
@@ -881,16 +904,37 @@ def sum_lanes(typingctx: Any, value: Any) -> Any:
 
 
 @intrinsic
+def close_sum(typingctx: Any, total: Any, lost: Any) -> Any:
+    """``total + lost``, or the total alone where it is infinite, which makes what was lost NaN."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        is_vector = isinstance(total, Vector)
+        columns = [_lanes(builder, arg) if is_vector else [arg] for arg in args]
+        lanes = []
+        for a, b in zip(*columns, strict=True):
+            usable = builder.fcmp_ordered("ord", b, b)
+            lanes.append(builder.select(usable, builder.fadd(a, b), a))
+        return _pack(builder, args[0].type, lanes) if is_vector else lanes[0]
+
+    return total(total, lost), codegen
+
+
+@intrinsic
 def doubtful(typingctx: Any, squares: Any, shift: Any) -> Any:
     """Whether squares may have been lost, summing to `squares` about something near `shift`.
 
     A sum of float32 squares is good if it is neither near overflow (or NaN) nor so small that
-    squares can have underflowed. It is 0, rightly, for equal numbers that are not tiny.
+    squares can have underflowed. It is 0, rightly, for equal numbers that are not tiny. Of float64
+    only infinity and NaN are doubtful: they must be summed, not merged, to come out right.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         bad = I1(0)
         if squares in (types.float64, Vector(types.float64, 2)):
+            totals = [args[0]] if squares == types.float64 else _lanes(builder, args[0])
+            for total in totals:
+                infinite = builder.fcmp_unordered(">=", total, DOUBLE(float("inf")))
+                bad = builder.or_(bad, infinite)
             return bad
         pairs = (
             [args]
