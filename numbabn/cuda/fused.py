@@ -164,6 +164,7 @@ def forward_planes(storage, aligned, wide):
         m2 = add_squares(source, s4, shift, middle, mine > 4, m2)
         m2 = add_squares(source, s5, shift, middle, mine > 5, m2)
         number, near, offset, squares = widen(count), widen(shift), widen(middle), widen(m2)
+        sum_ = widen(total)
         if mine > 0 and doubtful(m2, shift):
             sum_, squares = 0.0, 0.0
             u = thread()
@@ -177,7 +178,7 @@ def forward_planes(storage, aligned, wide):
         scratch, affine = shared_float64(SUM_SPACE), shared_like(source, 3)
         found = shared_float64(4)
         number, center, all_, squares = merge_threads(
-            number, near, offset, squares, center, scratch
+            number, near, sum_, offset, squares, center, scratch
         )
         if thread() == 0:
             put(found, like(C, 0), number)

@@ -37,7 +37,7 @@ from numbabn.cuda.options import (
     Size,
     inline,
 )
-from numbabn.cuda.sums import SUM_SPACE, block_sums, tile_sums
+from numbabn.cuda.sums import SUM_SPACE, add_up, block_sums, tile_sums
 from numbabn.cuda.vector import (
     LANES,
     as_float,
@@ -94,16 +94,6 @@ def store_if(given, target, i, lo, hi, value):
     """Store a slot's numbers, if there is such an array."""
     if given != 0:
         store_part(target, i, lo, hi, value)
-
-
-@inline
-def add_up(x, total, lost, value):
-    """A new total, and, for float64, all that was lost to rounding so far (Knuth's two-sum)."""
-    new = total + value
-    if is_double(x):
-        back = new - total
-        lost = lost + ((total - (new - back)) + (value - back))
-    return new, lost
 
 
 @inline
@@ -342,7 +332,7 @@ def backward_sums_columns(storage, aligned, wide):
         at = down * columns + column
         if k < K:
             put_vector(work, at, widen(close_sum(total, lost)))
-        tile_sums(work, columns, tall, L)
+        tile_sums(source, work, columns, tall, L)
         copies = K // (C * L)
         q = thread()
         while q * L < columns and base + q * L < K:
@@ -355,7 +345,7 @@ def backward_sums_columns(storage, aligned, wide):
         cuda.syncthreads()
         if k < K:
             put_vector(work, at, widen(close_sum(products, lost_products)))
-        tile_sums(work, columns, tall, L)
+        tile_sums(source, work, columns, tall, L)
         begin = smaller(part * index(rows), height)
         whole = smaller(begin + index(rows), height) - begin
         q = thread()

@@ -17,11 +17,12 @@ from numba import cuda
 from numbabn.cuda.channels import CENTER, COUNT, M2, SUM
 from numbabn.cuda.geometry import next_slot, row_part, thread, threads
 from numbabn.cuda.options import THREADS, TILE_WIDTH, Address, Size, inline
-from numbabn.cuda.sums import SUM_SPACE, block_sums, tile_sums
+from numbabn.cuda.sums import SUM_SPACE, add_up, block_sums, tile_sums
 from numbabn.cuda.vector import (
     LANES,
     as_float,
     as_float64,
+    close_sum,
     decode,
     doubtful,
     element,
@@ -72,7 +73,7 @@ def store_chunk(partials, at, count, center, total, m2):
 
 @inline
 def merge_tile(x, a, b, c, d, bits_a, bits_b, bits_c, bits_d, whole, count, shift, n, mean, m2):
-    """n, mean and m2 of the thread's values less `shift`, after a tile of `count` more.
+    """n, mean and m2 of the thread's values less `shift`, after a tile of `count` more; its mean.
 
     If it is not `whole`, only the slots' numbers whose bits are set belong to it.
     """
@@ -90,7 +91,8 @@ def merge_tile(x, a, b, c, d, bits_a, bits_b, bits_c, bits_d, whole, count, shif
     total = n + count
     apart = middle - mean
     share = count / total
-    return total, fma(apart, share, mean), (m2 + squares) + (apart * apart) * (share * n)
+    m2 = (m2 + squares) + (apart * apart) * (share * n)
+    return total, fma(apart, share, mean), m2, middle
 
 
 @inline
@@ -101,20 +103,23 @@ def slot_again(x, slot, bits, center):
 
 
 @inline
-def merge_threads(count, near, mean, m2, center, scratch):
-    """A block's count, center, sum and m2, from each thread's count, mean less `near`, and m2.
+def merge_threads(count, near, total, mean, m2, center, scratch):
+    """A block's count, center, sum and m2, from each thread's count, sum, mean and m2.
+
+    The thread's sum and mean are relative to `near`, and the mean need not be as exact as the sum.
 
     The sum is relative to a new center, which is next to the mean: `center`, the channel's first
     value, may be an outlier.
     """
     here = count > 0.0
-    number, total = block_sums(count, ((near - center) + mean) * count if here else 0.0, scratch)
-    moved = center + total / number
+    number, all_ = block_sums(count, ((near - center) + mean) * count if here else 0.0, scratch)
+    moved = center + all_ / number
     if not math.isfinite(moved):
         moved = center
     apart = (near - moved) + mean
     m2 = m2 + count * (apart * apart) if here else 0.0
-    m2, rest = block_sums(m2, apart * count if here else 0.0, scratch)
+    rest = fma(near - moved, count, total) if here else 0.0
+    m2, rest = block_sums(m2, rest, scratch)
     return number, moved, rest, m2 - rest * (rest / number)
 
 
@@ -134,7 +139,7 @@ def stats_planes(storage, aligned, wide):
         n, v = u // slots, u % slots
         step = like(L, THREADS)
         count = as_float(source, like(L, 0))
-        mean, m2, shift = count, count, count
+        mean, m2, shift, exact, lost = count, count, count, count, count
         if u < end:
             # The slot may begin before its row, or lie past its end.
             shift = scalar(source, element(source, n * C + c, L, smaller(v * V, L - 1)))
@@ -152,12 +157,15 @@ def stats_planes(storage, aligned, wide):
             e, bits_e, total = load_part(source, i, lo, hi), part_bits(lo, hi), total + hi - lo
             n, v = next_slot(n, v, slots, step)
             if total > 0:
-                count, mean, m2 = merge_tile(
+                count, mean, m2, middle = merge_tile(
                     source, a, b, d, e, bits_a, bits_b, bits_d, bits_e, total == 4 * V,
                     as_float(source, total), shift, count, mean, m2,
                 )  # fmt: skip
+                if is_double(source):
+                    exact, lost = add_up(source, exact, lost, middle * as_float(source, total))
             u = u + 4 * THREADS
         number, near, offset, squares = widen(count), widen(shift), widen(mean), widen(m2)
+        sum_ = widen(close_sum(exact, lost)) if is_double(source) else offset * number
         if number > 0.0 and doubtful(m2, shift):
             near, offset, squares = center, 0.0, 0.0
             u = begin + thread()
@@ -168,11 +176,11 @@ def stats_planes(storage, aligned, wide):
                 total, square = slot_again(source, slot, part_bits(lo, hi), center)
                 offset, squares = offset + total, squares + square
                 u = u + THREADS
-            squares = squares - offset * (offset / number)
-            offset = offset / number
+            sum_, offset = offset, offset / number
+            squares = squares - sum_ * offset
         scratch = shared_float64(SUM_SPACE)
         number, center, total, squares = merge_threads(
-            number, near, offset, squares, center, scratch
+            number, near, sum_, offset, squares, center, scratch
         )
         if thread() == 0:
             at = c * index(cuda.gridDim.y) + k
@@ -186,19 +194,22 @@ def stats_planes(storage, aligned, wide):
 
 @inline
 def column_moments(x, i, step, rows, first):
-    """Per column, mean and m2 of `rows` rows' values less those of slot `first`.
+    """Per column, mean, m2 and, for float64, the sum of `rows` rows' values less slot `first`'s.
 
     The rows' slots are at i, i + step, and so on; two rows are a tile.
     """
     one = as_float(x, like(rows, 1))
     half = one / as_float(x, like(rows, 2))
     mean = splat(x, one - one)
-    m2 = mean
+    m2, total, lost = mean, mean, mean
     n = like(rows, 0)
     while n + 2 <= rows:
         a, b = load(x, i), load(x, i + step)
         shift = decode(x, opaque(first))
         a, b = decode(x, a) - shift, decode(x, b) - shift
+        if is_double(x):  # merging means rounds too much beside an outlier
+            total, lost = add_up(x, total, lost, a)
+            total, lost = add_up(x, total, lost, b)
         middle = (a + b) * half
         a, b = a - middle, b - middle
         apart = middle - mean
@@ -208,11 +219,14 @@ def column_moments(x, i, step, rows, first):
         n = n + 2
         i = i + step * 2
     if n < rows:
-        apart = decode(x, load(x, i)) - decode(x, opaque(first)) - mean
+        apart = decode(x, load(x, i)) - decode(x, opaque(first))
+        if is_double(x):
+            total, lost = add_up(x, total, lost, apart)
+        apart = apart - mean
         share = one / as_float(x, rows)
         mean = fma(apart, share, mean)
         m2 = fma(apart * apart, share * as_float(x, n), m2)
-    return mean, m2
+    return mean, m2, close_sum(total, lost)
 
 
 @inline
@@ -271,7 +285,7 @@ def stats_columns(storage, aligned, wide):
         i, step = element(source, begin + down, K, k), element(source, tall, K, 0)
         at = down * columns + column
         mean = splat(source, as_float(source, like(K, 0)))
-        m2 = mean
+        m2, total = mean, mean
         one = no_slot()
         if mine > 0:
             one = load(source, i)
@@ -279,7 +293,7 @@ def stats_columns(storage, aligned, wide):
                 last = element(source, begin + down + (mine - 1) * tall, K, k)
                 half = element(source, begin + down + (mine // 2) * tall, K, k)
                 one = middle_slot(source, one, load(source, half), load(source, last))
-            mean, m2 = column_moments(source, i, step, mine, one)
+            mean, m2, total = column_moments(source, i, step, mine, one)
         again = mine > 0 and doubtful(m2, decode(source, one))
         number, lanes = as_float64(mine), opaque(like(K, V))
         if k < K:
@@ -297,7 +311,7 @@ def stats_columns(storage, aligned, wide):
                 apart = apart - get(centers, (column + j) // L)
                 put(work, at + j, get(work, at + j) + apart)
                 j = j + 1
-        tile_sums(work, columns, tall, L)
+        tile_sums(source, work, columns, tall, L)
         q = thread()
         while q < channels:
             # From here on relative to the mean: the first value may be an outlier.
@@ -324,7 +338,7 @@ def stats_columns(storage, aligned, wide):
                 own = own - get(middles, (column + j) // L)
                 put(work, at + j, get(work, at + j) + own * own)
                 j = j + 1
-        tile_sums(work, columns, tall, L)
+        tile_sums(source, work, columns, tall, L)
         copies = K // (C * L)
         q = thread()
         while q < channels and (first + q) * L < K:
@@ -340,7 +354,11 @@ def stats_columns(storage, aligned, wide):
         if k < K:
             shift, mean = decode(source, opaque(one)), opaque(mean)
             apart = (widen(shift) - get_columns(source, middles, column, L)) + widen(mean)
-            put_vector(work, at, apart * number)
+            if is_double(source):
+                near = widen(shift) - get_columns(source, middles, column, L)
+                put_vector(work, at, fma(near, number, widen(total)))
+            else:
+                put_vector(work, at, apart * number)
             j = like(K, 0)
             while again and j < lanes:
                 middle = get(middles, (column + j) // L)
@@ -352,7 +370,7 @@ def stats_columns(storage, aligned, wide):
                 own = own - get(middles, (column + j) // L)
                 put(work, at + j, get(work, at + j) + own)
                 j = j + 1
-        tile_sums(work, columns, tall, L)
+        tile_sums(source, work, columns, tall, L)
         q = thread()
         while q < channels and (first + q) * L < K:
             c = first + q

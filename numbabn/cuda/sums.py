@@ -8,10 +8,20 @@ from numba import cuda
 
 from numbabn.cuda.geometry import thread, threads
 from numbabn.cuda.options import inline
-from numbabn.cuda.vector import get, like, put
+from numbabn.cuda.vector import close_sum, get, is_double, like, put
 
 ALL = 0xFFFFFFFF
 SUM_SPACE = 66  # float64 numbers in shared memory that `block_sums` needs
+
+
+@inline
+def add_up(x, total, lost, value):
+    """A new total, and, for float64, all that was lost to rounding so far (Knuth's two-sum)."""
+    new = total + value
+    if is_double(x):
+        back = new - total
+        lost = lost + ((total - (new - back)) + (value - back))
+    return new, lost
 
 
 @inline
@@ -47,7 +57,7 @@ def block_sums(a, b, scratch):
 
 
 @inline
-def tile_sums(work, columns, tall, L):
+def tile_sums(x, work, columns, tall, L):
     """From ``work[d * columns + j]`` to the sum over all d and the L columns of a channel.
 
     That of the tile's channel q is left at ``work[q * L]``.
@@ -55,12 +65,12 @@ def tile_sums(work, columns, tall, L):
     cuda.syncthreads()
     j = thread()
     while j < columns:
-        total = get(work, j)
+        total, lost = get(work, j), 0.0
         at = j + columns
         while at < tall * columns:
-            total = total + get(work, at)
+            total, lost = add_up(x, total, lost, get(work, at))
             at = at + columns
-        put(work, j, total)
+        put(work, j, close_sum(total, lost))
         j = j + threads()
     cuda.syncthreads()
     if L > 1:
