@@ -67,7 +67,7 @@ def _fma_exact(a, b, c):
     try:
         return exact.numerator / exact.denominator  # correctly rounded
     except OverflowError:
-        return np.copysign(np.inf, exact.numerator)
+        return np.inf if exact > 0 else -np.inf
 
 
 def fma_double(a, b, c):

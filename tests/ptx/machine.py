@@ -226,7 +226,7 @@ class Group:
         """Set a register of these lanes, for each of which there is a value."""
         if lanes is not None:
             old = self.R[slot]
-            whole = np.empty(self.size, value.dtype) if old is None else self.full(old).copy()
+            whole = np.zeros(self.size, value.dtype) if old is None else self.full(old).copy()
             whole[lanes] = value
             value = whole
         self.R[slot] = value
