@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from numbabn.cuda import channels, gradients, launch, normalization, reductions
+from numbabn.cuda import channels, fused, gradients, launch, normalization, reductions
 from numbabn.cuda.arrays import NOTHING, DeviceArray, Queue
 from numbabn.cuda.channels import SLOPE_ROWS as SLOPE_ROWS
 from numbabn.cuda.channels import TABLE_ROWS as TABLE_ROWS
+from numbabn.cuda.options import BACKWARD_SLOTS, FORWARD_SLOTS, FUSED_THREADS, THREADS
 from numbabn.cuda.plans import Columns, Planes, plan
 from numbabn.cuda.vector import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from numbabn.layout import View
@@ -32,11 +33,13 @@ def _address(array: DeviceArray | None) -> int:
     return 0 if array is None or array.size == 0 else array.address
 
 
-def _variant(make: Make, x: DeviceArray, *others: DeviceArray | None) -> launch.Kernel:
+def _variant(
+    make: Make, x: DeviceArray, *others: DeviceArray | None, bounds: tuple[int, int] = (THREADS, 4)
+) -> launch.Kernel:
     """The kernel for arrays like x, at these addresses."""
     addresses = [a.address for a in (x, *others) if a is not None]
     aligned = all(address % 16 == 0 for address in addresses)
-    return launch.kernel(make, _STORAGE[x.dtype.name], aligned, x.size >= WIDE_FROM)
+    return launch.kernel(make, _STORAGE[x.dtype.name], aligned, x.size >= WIDE_FROM, bounds)
 
 
 def _kinds(*arrays: DeviceArray) -> int:
@@ -140,6 +143,17 @@ def forward_train(
     """Normalize with the batch's own statistics; returns the table."""
     table = queue.empty(TABLE_ROWS * view.C)
     given = (weight, bias, running_mean, running_var)
+    how = plan(view, x.itemsize)
+    threads = how.fused(FORWARD_SLOTS)
+    if isinstance(how, Planes) and threads:
+        variant = _variant(fused.forward_planes, x, residual, out, bounds=(FUSED_THREADS, 1))
+        arguments = (
+            *map(_address, (x, residual, bits, out)), how.N, how.C, how.slots,
+            *map(_address, given), _kinds(*given), momentum, eps, table.address,
+            0.0 if relu else -np.inf,
+        )  # fmt: skip
+        launch.launch(variant, (how.C,), (threads,), 0, queue.stream, arguments)
+        return table
     partials, chunks = _batch_stats(x, view, queue)
     _each_channel(
         channels.finish_stats, x, view.C, queue, partials.address, chunks, view.C,
@@ -211,7 +225,22 @@ def backward_train(
     queue: Queue,
 ) -> DeviceArray:  # fmt: skip
     """Training's input gradient and ``sums = (dbias, dweight)``, shape (2, C)."""
-    sums, slopes = queue.empty(2 * view.C, dtype), queue.empty(SLOPE_ROWS * view.C)
+    sums = queue.empty(2 * view.C, dtype)
+    arrays = (grad_output, x, bits, grad_input, grad_residual)
+    how = plan(view, x.itemsize)
+    threads = how.fused(BACKWARD_SLOTS)
+    if isinstance(how, Planes) and threads:
+        variant = _variant(
+            fused.backward_planes, x, grad_output, grad_input, grad_residual,
+            bounds=(FUSED_THREADS, 1),
+        )  # fmt: skip
+        arguments = (
+            *map(_address, arrays), how.N, how.C, how.slots, table.address, sums.address,
+            _kinds(sums), int(relu),
+        )  # fmt: skip
+        launch.launch(variant, (how.C,), (threads,), 0, queue.stream, arguments)
+        return sums
+    slopes = queue.empty(SLOPE_ROWS * view.C)
     partials, chunks = _backward_partials(
         grad_output, x, bits, None, None, view, table, relu, queue
     )
@@ -219,7 +248,6 @@ def backward_train(
         channels.finish_sums, x, view.C, queue, partials.address, chunks, view.C, table.address,
         sums.address, _kinds(sums), slopes.address,
     )  # fmt: skip
-    arrays = (grad_output, x, bits, grad_input, grad_residual)
     backward_elements(*arrays, view, table, slopes, relu, queue)
     return sums
 

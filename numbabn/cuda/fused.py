@@ -125,8 +125,8 @@ def forward_planes(storage, aligned, wide):
     V = LANES[storage]
 
     def forward_planes(
-        x: Address, residual: Address, bits: Address, out: Address, N: Size, C: Size, L: Size,
-        slots: Size, weight: Address, bias: Address, running_mean: Address, running_var: Address,
+        x: Address, residual: Address, bits: Address, out: Address, N: Size, C: Size, slots: Size,
+        weight: Address, bias: Address, running_mean: Address, running_var: Address,
         kinds: Flag, momentum: Double, eps: Double, table: Address, floor: Number,
     ) -> None:  # fmt: skip
         C, slots = index(C), index(slots)
@@ -349,6 +349,3 @@ def finish_sums_found(
     put(coefficients, to, grad_mean)
     put(coefficients, to + stride, slope)
     put(coefficients, to + stride + stride, offset)
-
-
-BOUNDS = {"forward_planes": (1024, 1), "backward_planes": (1024, 1)}

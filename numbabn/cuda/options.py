@@ -33,4 +33,6 @@ PLANE_CHUNK = 8 * THREADS  # slots that a block of an elementwise kernel for pla
 PLANE_ROWS = PLANE_CHUNK // 16 + 2  # rows that these are in at most: a row has 16 slots or more
 TILE_WIDTH = 64  # slots of a tile of columns, unless the fewest whole channels need more
 WIDEST_TILE = 128  # then
-FUSED_WORK = 4096  # float64 numbers of shared memory for sums over a tile's rows, when fused
+FUSED_THREADS = 1024  # in a block, at most, of a kernel that does a channel in one go
+FORWARD_SLOTS = 6  # that its threads can hold of x,
+BACKWARD_SLOTS = 3  # and of x and grad_output each

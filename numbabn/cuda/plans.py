@@ -9,7 +9,7 @@ from functools import cache
 from math import gcd
 from typing import NamedTuple
 
-from numbabn.cuda.options import PAIR, PLANE_CHUNK, THREADS, TILE_WIDTH, WIDEST_TILE
+from numbabn.cuda.options import FUSED_THREADS, PAIR, PLANE_CHUNK, THREADS, TILE_WIDTH, WIDEST_TILE
 from numbabn.layout import View
 
 BLOCKS = 132 * 8  # enough for every multiprocessor to have as many as it can hold
@@ -25,8 +25,20 @@ class Planes(NamedTuple):
     C: int
     L: int
     slots: int  # of a row
+    lanes: int  # numbers in a slot
     chunk: int  # slots of a block, elementwise
     part: int  # slots of a chunk of a channel
+
+    def fused(self, held: int) -> int:
+        """Threads of a block that does a whole channel, holding `held` slots each, or 0.
+
+        There must be channels enough to keep the device busy, unless they are small.
+        """
+        slots = self.N * self.slots
+        whole = self.slots * self.lanes == self.L
+        if not whole or slots > held * FUSED_THREADS or (self.C < BLOCKS // 16 and slots > 2048):
+            return 0
+        return min(max(-(-slots // (held * 32)), -(-slots // 96), 2) * 32, FUSED_THREADS)
 
     @property
     def bits(self) -> int:
@@ -75,6 +87,10 @@ class Columns(NamedTuple):
     rows: int  # of a block, elementwise
     part: int  # rows of a chunk
 
+    def fused(self, held: int) -> int:
+        """There is no kernel that does whole channels of columns."""
+        return 0
+
     @property
     def chunks(self) -> int:
         """Chunks of a channel."""
@@ -113,7 +129,7 @@ def plan(view: View, itemsize: int) -> Planes | Columns:
         slots = L // V if L % V == 0 else (L + V - 2) // V + 1
         turn = THREADS * PAIR
         turns = min(max(N * C * slots // (turn * BLOCKS), 1), PLANE_CHUNK // turn)
-        return Planes(N, C, L, slots, turn * turns, _turns(N * slots, 4 * THREADS, C))
+        return Planes(N, C, L, slots, V, turn * turns, _turns(N * slots, 4 * THREADS, C))
     copies = V // gcd(C * L, V)
     K = C * L * copies
     height, left = divmod(N * C * L, K)

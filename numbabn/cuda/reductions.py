@@ -35,7 +35,6 @@ from numbabn.cuda.vector import (
     like,
     load,
     load_part,
-    middle_slot,
     no_slot,
     opaque,
     part_bits,
@@ -289,10 +288,6 @@ def stats_columns(storage, aligned, wide):
         one = no_slot()
         if mine > 0:
             one = load(source, i)
-            if is_double(source):  # has no bits to spare for a shift by an outlier
-                last = element(source, begin + down + (mine - 1) * tall, K, k)
-                half = element(source, begin + down + (mine // 2) * tall, K, k)
-                one = middle_slot(source, one, load(source, half), load(source, last))
             mean, m2, total = column_moments(source, i, step, mine, one)
         again = mine > 0 and doubtful(m2, decode(source, one))
         number, lanes = as_float64(mine), opaque(like(K, V))

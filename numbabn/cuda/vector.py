@@ -407,29 +407,6 @@ def no_slot(typingctx: Any) -> Any:
 
 
 @intrinsic
-def middle_slot(typingctx: Any, pointer: Any, a: Any, b: Any, c: Any) -> Any:
-    """Number by number, the middle one of three slots'."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        chosen = []
-        slots = [_numbers(builder, pointer, slot) for slot in args[1:]]
-        for numbers in zip(*slots, strict=True):
-            x, y, z = numbers
-            u, v, w = (_widened(builder, pointer, number) for number in numbers)
-            x_under_y = builder.fcmp_ordered("<", u, v)
-            low, low_value = builder.select(x_under_y, x, y), builder.select(x_under_y, u, v)
-            high, high_value = builder.select(x_under_y, y, x), builder.select(x_under_y, v, u)
-            under_high = builder.fcmp_ordered("<", w, high_value)
-            top, top_value = builder.select(under_high, z, high), builder.select(
-                under_high, w, high_value
-            )
-            chosen.append(builder.select(builder.fcmp_ordered("<", top_value, low_value), low, top))
-        return _words(builder, chosen)
-
-    return slot_type(pointer, a, b, c), codegen
-
-
-@intrinsic
 def opaque(typingctx: Any, value: Any) -> Any:
     """The same slot, vector or index, but the compiler cannot know.
 
