@@ -77,8 +77,14 @@ class Kernel:
     @cached_property
     def dispatcher(self) -> Any:
         """The kernel as Numba launches it."""
-        compiled = cuda.jit(self.signature, cache=True, launch_bounds=self.bounds)
-        return compiled(self.py_func)
+        dispatcher = cuda.jit(cache=True, launch_bounds=self.bounds)(self.py_func)
+        # Numba compares only the file that a kernel is in, and would go on using old code of the
+        # functions that it calls. Where there is no such attribute, its own rule stays in force.
+        file: Any = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+        if file is not None and hasattr(file, "_source_stamp"):
+            file._source_stamp = _sources()
+        dispatcher.compile(self.signature.args)
+        return dispatcher
 
 
 @cache
