@@ -114,7 +114,7 @@ def test_float32(shape, training):
 @pytest.mark.parametrize("shape", [PLANES[0], PLANES[1], COLUMNS[0], COLUMNS[1]], ids=str)
 def test_dtypes_with_relu_and_residual(shape, dtype, training):
     # Values away from the kink, which rounding may rightly push to the other side.
-    columns, N, C, L = shape
+    _, N, C, L = shape
     rng = np.random.default_rng(0)
     x = rng.integers(-8, 8, (N, C, L)) + 0.25
     Case(shape, dtype, training, relu=True, residual=True, x=x, seed=1).check()
@@ -184,7 +184,7 @@ def test_channels_of_any_dtype(parameters):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", [PLANES[0], PLANES[1], COLUMNS[0]], ids=str)
 def test_infinity_and_nan_stay_in_their_channel(shape, dtype, value):
-    columns, N, C, L = shape
+    _, N, C, L = shape
     x = np.random.default_rng(3).standard_normal((N, C, L))
     x[N // 2, 1, L // 2] = value
     case = Case(shape, dtype, x=x)
@@ -204,7 +204,7 @@ def test_infinity_and_nan_stay_in_their_channel(shape, dtype, value):
 @pytest.mark.parametrize("scale", [1e18, 1e-25])
 @pytest.mark.parametrize("shape", [PLANES[0], PLANES[1], COLUMNS[0]], ids=str)
 def test_squares_outside_of_the_range_of_float32(shape, scale):
-    columns, N, C, L = shape
+    _, N, C, L = shape
     x = scale * np.random.default_rng(4).standard_normal((N, C, L))
     case = Case(shape, x=x, eps=0.0)
     case.check()

@@ -143,12 +143,12 @@ def backward_sums_planes(storage, aligned, wide):
         while u < end:
             row = n * C + c
             i, lo, hi = row_part(source, row, v, True, L, V)
+            bit = row * slots + v
             n, v = next_slot(n, v, slots, like(L, THREADS))
             row_j = n * C + c
             j, lo_j, hi_j = row_part(source, row_j, v, u + THREADS < end, L, V)
             a, b = load_part(source, i, lo, hi), load_part(source, j, lo_j, hi_j)
             da, db = load_part(gradient, i, lo, hi), load_part(gradient, j, lo_j, hi_j)
-            bit = row * slots + (u % slots)
             kept = bits_of(bits, bit, lo, hi)
             kept_j = bits_of(bits, row_j * slots + v, lo_j, hi_j)
             n, v = next_slot(n, v, slots, like(L, THREADS))
@@ -399,13 +399,14 @@ def backward_elements_columns(storage, aligned, wide):
             slot, grad = load_part(source, i, zero, hi), load_part(gradient, i, zero, hi)
             kept = bits_of(bits, i // V, zero, hi)
             here = opaque(column)
-            mean, scale = get_vector(source, means, here), get_vector(source, scales, here)
-            shift, middle = get_vector(source, shifts, here), get_vector(source, middles, here)
+            xmu = decode(source, slot) - get_vector(source, means, here)
+            scale, shift = get_vector(source, scales, here), get_vector(source, shifts, here)
+            g = cut_off(source, grad, bits, kept, xmu, scale, shift, relu)
+            store_if(grad_residual, passed, i, zero, hi, g)
+            here = opaque(here)
             factor, term = get_vector(source, factors, here), get_vector(source, terms, here)
-            element_slot(
-                source, slot, grad, bits, kept, mean, scale, shift, middle, factor, term, relu,
-                target, passed, grad_residual, i, zero, hi,
-            )  # fmt: skip
+            dx = (g - get_vector(source, middles, here)) + fma(xmu, factor, term)
+            store_part(target, i, zero, hi, dx * get_vector(source, scales, opaque(here)))
             m = m + tall
 
     return backward_elements_columns

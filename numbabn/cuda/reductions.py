@@ -294,7 +294,10 @@ def stats_columns(storage, aligned, wide):
         if k < K:
             shift, mean = decode(source, opaque(one)), opaque(mean)
             center = get_columns(source, centers, column, L)
-            put_vector(work, at, ((widen(shift) - center) + widen(mean)) * number)
+            if is_double(source):
+                put_vector(work, at, fma(widen(shift) - center, number, widen(total)))
+            else:
+                put_vector(work, at, ((widen(shift) - center) + widen(mean)) * number)
             j = like(K, 0)
             while again and j < lanes:
                 center = get(centers, (column + j) // L)
@@ -319,7 +322,11 @@ def stats_columns(storage, aligned, wide):
         cuda.syncthreads()
         if k < K:
             shift, mean = decode(source, opaque(one)), opaque(mean)
-            apart = (widen(shift) - get_columns(source, middles, column, L)) + widen(mean)
+            near = widen(shift) - get_columns(source, middles, column, L)
+            if is_double(source):
+                apart = near + widen(total) * (1.0 / number if mine > 0 else 0.0)
+            else:
+                apart = near + widen(mean)
             put_vector(work, at, fma(apart * apart, number, widen(m2)))
             j = like(K, 0)
             while again and j < lanes:
@@ -347,13 +354,13 @@ def stats_columns(storage, aligned, wide):
         cuda.syncthreads()
         # What rounding left of the mean.
         if k < K:
-            shift, mean = decode(source, opaque(one)), opaque(mean)
-            apart = (widen(shift) - get_columns(source, middles, column, L)) + widen(mean)
+            shift = decode(source, opaque(one))
             if is_double(source):
                 near = widen(shift) - get_columns(source, middles, column, L)
                 put_vector(work, at, fma(near, number, widen(total)))
             else:
-                put_vector(work, at, apart * number)
+                near = widen(shift) - get_columns(source, middles, column, L)
+                put_vector(work, at, (near + widen(opaque(mean))) * number)
             j = like(K, 0)
             while again and j < lanes:
                 middle = get(middles, (column + j) // L)
