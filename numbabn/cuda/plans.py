@@ -134,7 +134,8 @@ def plan(view: View, itemsize: int) -> Planes | Columns:
     K = C * L * copies
     height, left = divmod(N * C * L, K)
     unit = L // gcd(L, V)  # slots of the fewest channels that fill slots
-    tall = min(8, -(-(height + 1) // PAIR))
+    # Narrow tiles: a block's sums are one for each of its channels, whatever it read for them.
+    tall = min(32, -(-(height + 1) // PAIR))
     most = max(1, min(THREADS // tall, TILE_WIDTH) // unit)  # units in a tile
     units = K // V // unit
     tiles = -(-units // most)
@@ -145,7 +146,9 @@ def plan(view: View, itemsize: int) -> Planes | Columns:
     turn = tall * PAIR
     turns = min(max(-(-rows // turn) * tiles // BLOCKS, 1), 8)
     turns = max(turns, -(-rows // turn // MOST_PARTS))
-    part = _turns(rows, 4 * tall, tiles)
+    # Longer chunks, if there are blocks enough: less is written and read of what they sum to.
+    long = -(-rows // (8 * tall)) * tiles >= BLOCKS // 8
+    part = _turns(rows, (8 if long else 4) * tall, tiles)
     bits = -(-N * C * L // V)
     return Columns(C, L, K, height, left, width, tall, tiles, copies, bits, turn * turns, part)
 
@@ -157,5 +160,5 @@ def _turns(length: int, turn: int, beside: int) -> int:
     so little that there are more chunks than a grid can have.
     """
     turns = -(-length // turn)
-    wanted = min(max(turns * beside // BLOCKS, 1), MOST_TURNS)
+    wanted = min(max(turns * beside // (BLOCKS // 2), 1), MOST_TURNS)
     return turn * max(wanted, -(-turns // MOST_PARTS))
