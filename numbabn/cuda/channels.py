@@ -22,21 +22,20 @@ import math
 
 from numba import cuda
 
-from numbabn.cuda.options import Address, Double, Flag, Size, inline
-from numbabn.cuda.sums import warp_sum
-from numbabn.cuda.vector import (
+from numbabn.cuda.indices import index
+from numbabn.cuda.memory import (
     element,
-    index,
     is_double,
     load_any,
     load_float64,
     pointer,
-    put,
-    round_like,
     store_any,
     store_float64,
-    widen,
 )
+from numbabn.cuda.options import Address, Double, Flag, Size, inline
+from numbabn.cuda.shared import put
+from numbabn.cuda.sums import warp_sum
+from numbabn.cuda.vector import round_like, widen
 
 MEAN, REST, INVSTD, SCALE, SHIFT = range(5)
 TABLE_ROWS = 5

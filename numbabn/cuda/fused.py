@@ -27,6 +27,18 @@ from numbabn.cuda.gradients import (
     table_entry,
     table_unit,
 )
+from numbabn.cuda.indices import as_float, as_float64, index, like
+from numbabn.cuda.memory import (
+    decode,
+    element,
+    load,
+    no_slot,
+    opaque,
+    pointer,
+    store,
+    store_any,
+    store_byte,
+)
 from numbabn.cuda.options import (
     Address,
     Double,
@@ -36,32 +48,16 @@ from numbabn.cuda.options import (
     inline,
 )
 from numbabn.cuda.reductions import first_value, merge_threads, slot_again
+from numbabn.cuda.shared import get, put, shared_float64, shared_like
 from numbabn.cuda.sums import SUM_SPACE, block_sums
 from numbabn.cuda.vector import (
     LANES,
-    as_float,
-    as_float64,
     clip_below,
-    decode,
     doubtful,
-    element,
     fma,
-    get,
-    index,
     lane,
-    like,
-    load,
-    no_slot,
-    opaque,
     part_bits,
-    pointer,
     positive_bits,
-    put,
-    shared_float64,
-    shared_like,
-    store,
-    store_any,
-    store_byte,
     sum_lanes,
     widen,
 )

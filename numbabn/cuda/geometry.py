@@ -13,8 +13,9 @@ the channels: what is channel ``c % C`` is counted as channel c.
 
 from numba import cuda
 
+from numbabn.cuda.indices import index, like, smaller
+from numbabn.cuda.memory import element
 from numbabn.cuda.options import inline
-from numbabn.cuda.vector import element, index, like, smaller
 
 
 @inline

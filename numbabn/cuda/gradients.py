@@ -27,6 +27,18 @@ from numbabn.cuda.channels import (
     unit_of,
 )
 from numbabn.cuda.geometry import column_part, next_slot, plane_part, row_part, thread, threads
+from numbabn.cuda.indices import as_float, as_float64, index, like, smaller
+from numbabn.cuda.memory import (
+    decode,
+    is_double,
+    load_byte,
+    load_float64,
+    load_part,
+    opaque,
+    pointer,
+    store_float64,
+    store_part,
+)
 from numbabn.cuda.options import (
     PAIR,
     PLANE_ROWS,
@@ -37,36 +49,17 @@ from numbabn.cuda.options import (
     Size,
     inline,
 )
+from numbabn.cuda.shared import get, get_vector, put, put_vector, shared_float64, shared_like
 from numbabn.cuda.sums import SUM_SPACE, add_up, block_sums, tile_sums
 from numbabn.cuda.vector import (
     LANES,
-    as_float,
-    as_float64,
     close_sum,
-    decode,
     fma,
-    get,
-    get_vector,
-    index,
-    is_double,
     keep,
-    like,
-    load_byte,
-    load_float64,
-    load_part,
-    opaque,
     part_bits,
-    pointer,
     positive_bits,
-    put,
-    put_vector,
     round_like,
-    shared_float64,
-    shared_like,
-    smaller,
     splat,
-    store_float64,
-    store_part,
     sum_lanes,
     widen,
 )

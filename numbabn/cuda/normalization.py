@@ -12,6 +12,8 @@ from numba import cuda
 
 from numbabn.cuda.channels import put_affine
 from numbabn.cuda.geometry import column_part, plane_part, thread, threads
+from numbabn.cuda.indices import index, like, smaller
+from numbabn.cuda.memory import decode, load_part, pointer, store_byte, store_part
 from numbabn.cuda.options import (
     PAIR,
     PLANE_ROWS,
@@ -24,23 +26,8 @@ from numbabn.cuda.options import (
     Size,
     inline,
 )
-from numbabn.cuda.vector import (
-    LANES,
-    clip_below,
-    decode,
-    fma,
-    get,
-    get_columns,
-    index,
-    like,
-    load_part,
-    pointer,
-    positive_bits,
-    shared_like,
-    smaller,
-    store_byte,
-    store_part,
-)
+from numbabn.cuda.shared import get, get_columns, shared_like
+from numbabn.cuda.vector import LANES, clip_below, fma, positive_bits
 
 
 @inline

@@ -16,36 +16,30 @@ from numba import cuda
 
 from numbabn.cuda.channels import CENTER, COUNT, M2, SUM
 from numbabn.cuda.geometry import next_slot, row_part, thread, threads
-from numbabn.cuda.options import THREADS, TILE_WIDTH, Address, Size, inline
-from numbabn.cuda.sums import SUM_SPACE, add_up, block_sums, tile_sums
-from numbabn.cuda.vector import (
-    LANES,
-    as_float,
-    as_float64,
-    close_sum,
+from numbabn.cuda.indices import as_float, as_float64, index, like, smaller
+from numbabn.cuda.memory import (
     decode,
-    doubtful,
     element,
-    fma,
-    get,
-    get_columns,
-    index,
     is_double,
-    keep,
-    like,
     load,
     load_part,
     no_slot,
     opaque,
-    part_bits,
     pointer,
-    put,
-    put_vector,
     scalar,
-    shared_float64,
-    smaller,
-    splat,
     store_float64,
+)
+from numbabn.cuda.options import THREADS, TILE_WIDTH, Address, Size, inline
+from numbabn.cuda.shared import get, get_columns, put, put_vector, shared_float64
+from numbabn.cuda.sums import SUM_SPACE, add_up, block_sums, tile_sums
+from numbabn.cuda.vector import (
+    LANES,
+    close_sum,
+    doubtful,
+    fma,
+    keep,
+    part_bits,
+    splat,
     sum_lanes,
     widen,
 )

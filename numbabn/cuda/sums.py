@@ -7,8 +7,11 @@ of the block must take part.
 from numba import cuda
 
 from numbabn.cuda.geometry import thread, threads
+from numbabn.cuda.indices import like
+from numbabn.cuda.memory import is_double
 from numbabn.cuda.options import inline
-from numbabn.cuda.vector import close_sum, get, is_double, like, put
+from numbabn.cuda.shared import get, put
+from numbabn.cuda.vector import close_sum
 
 ALL = 0xFFFFFFFF
 SUM_SPACE = 66  # float64 numbers in shared memory that `block_sums` needs
