@@ -25,7 +25,7 @@ import numpy as np
 
 from numbabn import cuda, layout
 from numbabn.cuda import channels, fused, gradients, launch, normalization, reductions
-from numbabn.cuda.options import FUSED_THREADS, THREADS
+from numbabn.cuda.options import BACKWARD_SLOTS, FORWARD_SLOTS, FUSED_THREADS, THREADS
 
 ARCHITECTURES = ((7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0))
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -78,8 +78,8 @@ KERNELS = (
     Entry(gradients.backward_sums_columns, THREADS, _STREAM, 2),
     Entry(gradients.backward_elements_planes, THREADS, _STREAM, 4),
     Entry(gradients.backward_elements_columns, THREADS, _STREAM, 2),
-    Entry(fused.forward_planes, FUSED_THREADS, (FUSED_THREADS, 1), 6),
-    Entry(fused.backward_planes, FUSED_THREADS, (FUSED_THREADS, 1), 6),
+    Entry(fused.forward_planes, FUSED_THREADS, (FUSED_THREADS, 1), FORWARD_SLOTS),
+    Entry(fused.backward_planes, FUSED_THREADS, (FUSED_THREADS, 1), 2 * BACKWARD_SLOTS),
     Entry(channels.finish_stats, 128, _STREAM, 0),
     Entry(channels.finish_sums, 128, _STREAM, 0),
     Entry(channels.finish_known, 128, _STREAM, 0),
@@ -144,10 +144,12 @@ class Row(NamedTuple):
     in_flight: int
 
 
-def rows(archs: Iterable[tuple[int, int]], dtypes: Iterable[str], wide: bool) -> list[Row]:
+def rows(
+    archs: Iterable[tuple[int, int]], dtypes: Iterable[str], wide: bool, named: str
+) -> list[Row]:
     """The worst of the dtypes, for every kernel and architecture."""
     table = []
-    for entry in KERNELS:
+    for entry in (entry for entry in KERNELS if named in entry.make.__name__):
         for cc in archs:
             used = []
             for dtype in dtypes:
@@ -190,7 +192,9 @@ class Traffic(NamedTuple):
 
 
 def _case(shape: tuple[int, ...], columns: bool, dtype: str, training: bool) -> list[Traffic]:
-    from cuda_device import Device
+    from importlib import import_module
+
+    Device = import_module("cuda_device").Device
 
     N, C, L = shape
     view = layout.View(columns, N, C, L, None)
@@ -199,14 +203,17 @@ def _case(shape: tuple[int, ...], columns: bool, dtype: str, training: bool) -> 
     device = Device()
     x, dy = (device.put(rng.standard_normal(N * C * L), bits) for _ in range(2))
     out, dx = (device.put(np.zeros(N * C * L), bits, writable=True) for _ in range(2))
-    given = [device.put(np.ones(C), np.float64, writable=True) for _ in range(4)]
+    ones = [device.put(np.ones(C), np.float64, writable=True) for _ in range(4)]
+    weight, bias, mean, var = ones
     with device.running():
         if training:
             table = cuda.forward_train(
-                x, None, None, out, view, *given, 0.1, 1e-5, False, device.queue
+                x, None, None, out, view, weight, bias, mean, var, 0.1, 1e-5, False, device.queue
             )
         else:
-            table = cuda.forward_eval(x, None, None, out, view, *given, 1e-5, False, device.queue)
+            table = cuda.forward_eval(
+                x, None, None, out, view, weight, bias, mean, var, 1e-5, False, device.queue
+            )
         first = len(device.launches)
         backward = cuda.backward_train if training else cuda.backward_eval
         backward(
@@ -264,12 +271,13 @@ def main() -> None:
     parser.add_argument("--archs", nargs="*", default=[f"{a}{b}" for a, b in ARCHITECTURES])
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES))
     parser.add_argument("--wide", action="store_true", help="64-bit indices")
+    parser.add_argument("--kernels", default="", help="only those with this in their name")
     parser.add_argument("--no-traffic", action="store_true")
     parser.add_argument("--no-resources", action="store_true")
     given = parser.parse_args()
     if not given.no_resources:
         archs = [(int(name[:-1]), int(name[-1])) for name in given.archs]
-        print_resources(rows(archs, given.dtypes, given.wide))
+        print_resources(rows(archs, given.dtypes, given.wide, given.kernels))
     if not given.no_traffic:
         print()
         print_traffic([d for d in given.dtypes if d in ("float32", "float16")])

@@ -1,6 +1,6 @@
 """Training of channels that fit a block: everything is read once, and kept in registers.
 
-A thread holds up to six slots of x in the forward pass, three of x and of grad_output in the
+A thread holds up to four slots of x in the forward pass, two of x and of grad_output in the
 backward pass. What a channel sums to is finished by one of the block's threads, as `channels`
 has it, and reaches the others by way of shared memory. Only whole slots come here: rows begin
 and end on multiples of 16 bytes. The order of sums is that of these kernels, not of those that
@@ -137,8 +137,6 @@ def forward_planes(storage, aligned, wide):
         s1, n, v = fetch(source, n, v, c, C, slots, V, step, mine > 1)
         s2, n, v = fetch(source, n, v, c, C, slots, V, step, mine > 2)
         s3, n, v = fetch(source, n, v, c, C, slots, V, step, mine > 3)
-        s4, n, v = fetch(source, n, v, c, C, slots, V, step, mine > 4)
-        s5, n, v = fetch(source, n, v, c, C, slots, V, step, mine > 5)
         center = first_value(source, element(source, c, slots, 0) * V)
 
         zero = as_float(source, like(C, 0))
@@ -150,15 +148,11 @@ def forward_planes(storage, aligned, wide):
         total = add_slot(source, s1, shift, mine > 1, total)
         total = add_slot(source, s2, shift, mine > 2, total)
         total = add_slot(source, s3, shift, mine > 3, total)
-        total = add_slot(source, s4, shift, mine > 4, total)
-        total = add_slot(source, s5, shift, mine > 5, total)
         middle = total / count if mine > 0 else zero
         m2 = add_squares(source, s0, shift, middle, mine > 0, m2)
         m2 = add_squares(source, s1, shift, middle, mine > 1, m2)
         m2 = add_squares(source, s2, shift, middle, mine > 2, m2)
         m2 = add_squares(source, s3, shift, middle, mine > 3, m2)
-        m2 = add_squares(source, s4, shift, middle, mine > 4, m2)
-        m2 = add_squares(source, s5, shift, middle, mine > 5, m2)
         number, near, offset, squares = widen(count), widen(shift), widen(middle), widen(m2)
         sum_ = widen(total)
         if mine > 0 and doubtful(m2, shift):
@@ -196,8 +190,6 @@ def forward_planes(storage, aligned, wide):
         n, v = finish(io, s1, n, v, c, C, slots, V, step, mine > 1, mean, scale, bias_, floor)
         n, v = finish(io, s2, n, v, c, C, slots, V, step, mine > 2, mean, scale, bias_, floor)
         n, v = finish(io, s3, n, v, c, C, slots, V, step, mine > 3, mean, scale, bias_, floor)
-        n, v = finish(io, s4, n, v, c, C, slots, V, step, mine > 4, mean, scale, bias_, floor)
-        n, v = finish(io, s5, n, v, c, C, slots, V, step, mine > 5, mean, scale, bias_, floor)
 
     return forward_planes
 
@@ -275,12 +267,9 @@ def backward_planes(storage, aligned, wide):
         mine = (index(N) * slots + step - 1 - thread()) // step  # slots
         n, v = thread() // slots, thread() % slots
         n1, v1 = next_slot(n, v, slots, step)
-        n2, v2 = next_slot(n1, v1, slots, step)
         a, b = element(source, n * C + c, slots, v), element(source, n1 * C + c, slots, v1)
-        d = element(source, n2 * C + c, slots, v2)
         s0, g0 = load_wanted(source, a * V, mine > 0), load_wanted(gradient, a * V, mine > 0)
         s1, g1 = load_wanted(source, b * V, mine > 1), load_wanted(gradient, b * V, mine > 1)
-        s2, g2 = load_wanted(source, d * V, mine > 2), load_wanted(gradient, d * V, mine > 2)
         mean, unit = table_entry(source, table, C, MEAN, c), table_unit(source, table, C, c)
         scale = table_entry(source, table, C, SCALE, c)
         shift = table_entry(source, table, C, SHIFT, c)
@@ -293,10 +282,6 @@ def backward_planes(storage, aligned, wide):
         )  # fmt: skip
         total, products = add_gradient(
             source, s1, g1, bits, b, lanes, mean, unit, scale, shift, relu, mine > 1, total,
-            products,
-        )  # fmt: skip
-        total, products = add_gradient(
-            source, s2, g2, bits, d, lanes, mean, unit, scale, shift, relu, mine > 2, total,
             products,
         )  # fmt: skip
         scratch, coefficients = shared_float64(SUM_SPACE), shared_like(source, 3)
@@ -316,9 +301,6 @@ def backward_planes(storage, aligned, wide):
         )
         store_gradient(
             io, s1, g1, b, lanes, mean, scale, shift, grad_mean, slope, offset, relu, mine > 1
-        )
-        store_gradient(
-            io, s2, g2, d, lanes, mean, scale, shift, grad_mean, slope, offset, relu, mine > 2
         )
 
     return backward_planes

@@ -34,5 +34,5 @@ PLANE_ROWS = PLANE_CHUNK // 16 + 2  # rows that these are in at most: a row has 
 TILE_WIDTH = 64  # slots of a tile of columns, unless the fewest whole channels need more
 WIDEST_TILE = 128  # then
 FUSED_THREADS = 1024  # in a block, at most, of a kernel that does a channel in one go
-FORWARD_SLOTS = 6  # that its threads can hold of x,
-BACKWARD_SLOTS = 3  # and of x and grad_output each
+FORWARD_SLOTS = 4  # that its threads can hold of x,
+BACKWARD_SLOTS = 2  # and of x and grad_output each
