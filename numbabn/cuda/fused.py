@@ -1,0 +1,329 @@
+"""Training of channels that fit a block: everything is read once, and kept in registers.
+
+A thread holds up to four slots of x in the forward pass, two of x and of grad_output in the
+backward pass. What a channel sums to is finished by one of the block's threads, as `channels`
+has it, and reaches the others by way of shared memory. Only whole slots come here: rows begin
+and end on multiples of 16 bytes. The order of sums is that of these kernels, not of those that
+share a channel out over blocks.
+"""
+
+from __future__ import annotations
+
+from numba import cuda
+
+from numbabn.cuda.channels import (
+    MEAN,
+    SCALE,
+    SHIFT,
+    finish_backward,
+    finish_training,
+    slopes_of,
+    update_running,
+)
+from numbabn.cuda.geometry import next_slot, thread, threads
+from numbabn.cuda.gradients import (
+    bits_of,
+    cut_off,
+    table_entry,
+    table_unit,
+)
+from numbabn.cuda.indices import as_float, as_float64, index, like
+from numbabn.cuda.memory import (
+    decode,
+    element,
+    load,
+    no_slot,
+    opaque,
+    pointer,
+    store,
+    store_any,
+    store_byte,
+)
+from numbabn.cuda.options import (
+    Address,
+    Double,
+    Flag,
+    Number,
+    Size,
+    inline,
+)
+from numbabn.cuda.reductions import first_value, merge_threads, slot_again
+from numbabn.cuda.shared import get, put, shared_float64, shared_like
+from numbabn.cuda.sums import SUM_SPACE, block_sums
+from numbabn.cuda.vector import (
+    LANES,
+    clip_below,
+    doubtful,
+    fma,
+    lane,
+    part_bits,
+    positive_bits,
+    sum_lanes,
+    widen,
+)
+
+
+@inline
+def finish_found(
+    x, found, at, weight, bias, running_mean, running_var, kinds, momentum, eps, table, C, c,
+    affine, to, stride,
+):  # fmt: skip
+    """Finish channel c, of which four numbers were found; its affine goes to shared memory.
+
+    What was found is read again when it is needed: registers are full of x.
+    """
+    j = opaque(at)
+    update_running(
+        get(found, j), get(found, j + 1), get(found, j + 2), get(found, j + 3), running_mean,
+        running_var, kinds, momentum, c,
+    )  # fmt: skip
+    j = opaque(at)
+    mean, scale, shift = finish_training(
+        x, get(found, j), get(found, j + 1), get(found, j + 2), get(found, j + 3), weight, bias,
+        kinds, eps, table, C, c,
+    )  # fmt: skip
+    put(affine, to, mean)
+    put(affine, to + stride, scale)
+    put(affine, to + stride + stride, shift)
+
+
+# --- planes ---------------------------------------------------------------------------------
+
+
+@inline
+def fetch(x, n, v, c, C, slots, V, step, wanted):
+    """Slot v of sample n, if it is wanted, and where the thread's next slot is."""
+    slot = no_slot()
+    if wanted:
+        slot = load(x, element(x, n * C + c, slots, v) * V)
+    n, v = next_slot(n, v, slots, step)
+    return slot, n, v
+
+
+@inline
+def add_slot(x, slot, shift, wanted, total):
+    """`total` and the slot's numbers less `shift`, if it is wanted."""
+    if wanted:
+        total = total + sum_lanes(decode(x, opaque(slot)) - shift)
+    return total
+
+
+@inline
+def add_squares(x, slot, shift, middle, wanted, total):
+    """`total` and the squares of the slot's numbers less `shift` and `middle`."""
+    if wanted:
+        apart = decode(x, opaque(slot)) - shift - middle
+        total = total + sum_lanes(apart * apart)
+    return total
+
+
+def forward_planes(storage, aligned, wide):
+    V = LANES[storage]
+
+    def forward_planes(
+        x: Address, residual: Address, bits: Address, out: Address, N: Size, C: Size, slots: Size,
+        weight: Address, bias: Address, running_mean: Address, running_var: Address,
+        kinds: Flag, momentum: Double, eps: Double, table: Address, floor: Number,
+    ) -> None:  # fmt: skip
+        C, slots = index(C), index(slots)
+        source = pointer(storage, aligned, wide, x)
+        target = pointer(storage, aligned, wide, out)
+        other = pointer(storage, aligned, wide, residual)
+        c, step = index(cuda.blockIdx.x), threads()
+        end = index(N) * slots
+        mine = (end + step - 1 - thread()) // step  # slots
+        n, v = thread() // slots, thread() % slots
+        s0, n, v = fetch(source, n, v, c, C, slots, V, step, mine > 0)
+        s1, n, v = fetch(source, n, v, c, C, slots, V, step, mine > 1)
+        s2, n, v = fetch(source, n, v, c, C, slots, V, step, mine > 2)
+        s3, n, v = fetch(source, n, v, c, C, slots, V, step, mine > 3)
+        center = first_value(source, element(source, c, slots, 0) * V)
+
+        zero = as_float(source, like(C, 0))
+        count = as_float(source, mine * V)
+        shift, total, m2 = zero, zero, zero
+        if mine > 0:
+            shift = first_lane(source, s0)
+        total = add_slot(source, s0, shift, mine > 0, total)
+        total = add_slot(source, s1, shift, mine > 1, total)
+        total = add_slot(source, s2, shift, mine > 2, total)
+        total = add_slot(source, s3, shift, mine > 3, total)
+        middle = total / count if mine > 0 else zero
+        m2 = add_squares(source, s0, shift, middle, mine > 0, m2)
+        m2 = add_squares(source, s1, shift, middle, mine > 1, m2)
+        m2 = add_squares(source, s2, shift, middle, mine > 2, m2)
+        m2 = add_squares(source, s3, shift, middle, mine > 3, m2)
+        number, near, offset, squares = widen(count), widen(shift), widen(middle), widen(m2)
+        sum_ = widen(total)
+        if mine > 0 and doubtful(m2, shift):
+            sum_, squares = 0.0, 0.0
+            u = thread()
+            while u < end:
+                slot = load(source, element(source, (u // slots) * C + c, slots, u % slots) * V)
+                a, b = slot_again(source, slot, part_bits(like(C, 0), like(C, V)), center)
+                sum_, squares = sum_ + a, squares + b
+                u = u + step
+            near, offset = center, sum_ / number
+            squares = squares - offset * sum_
+        scratch, affine = shared_float64(SUM_SPACE), shared_like(source, 3)
+        found = shared_float64(4)
+        number, center, all_, squares = merge_threads(
+            number, near, sum_, offset, squares, center, scratch
+        )
+        if thread() == 0:
+            put(found, like(C, 0), number)
+            put(found, like(C, 1), center)
+            put(found, like(C, 2), all_)
+            put(found, like(C, 3), squares)
+            finish_found(
+                source, found, like(C, 0), weight, bias, running_mean, running_var, kinds,
+                momentum, eps, table, C, c, affine, like(C, 0), 1,
+            )  # fmt: skip
+        cuda.syncthreads()
+        mean, scale = get(affine, like(C, 0)), get(affine, like(C, 1))
+        bias_ = get(affine, like(C, 2))
+        io = (source, residual, other, bits, target)
+        again, step = opaque(thread()), opaque(step)  # computed anew, not kept till here
+        mine = (index(N) * slots + step - 1 - again) // step
+        n, v = again // slots, again % slots
+        n, v = finish(io, s0, n, v, c, C, slots, V, step, mine > 0, mean, scale, bias_, floor)
+        n, v = finish(io, s1, n, v, c, C, slots, V, step, mine > 1, mean, scale, bias_, floor)
+        n, v = finish(io, s2, n, v, c, C, slots, V, step, mine > 2, mean, scale, bias_, floor)
+        n, v = finish(io, s3, n, v, c, C, slots, V, step, mine > 3, mean, scale, bias_, floor)
+
+    return forward_planes
+
+
+@inline
+def first_lane(x, slot):
+    """A slot's first number."""
+    return lane(decode(x, slot), 0)
+
+
+@inline
+def finish(io, slot, n, v, c, C, slots, V, step, wanted, mean, scale, shift, floor):
+    """Normalize and store a slot, if it is wanted; and where the next one is."""
+    source, residual, other, bits, target = io
+    if wanted:
+        at = element(source, n * C + c, slots, v)
+        finish_whole(source, residual, other, bits, target, at, V, slot, mean, scale, shift, floor)
+    return next_slot(n, v, slots, step)
+
+
+@inline
+def finish_whole(x, residual, other, bits, out, at, V, slot, mean, scale, shift, floor):
+    """Normalize slot number `at`, and store it."""
+    value = fma(decode(x, opaque(slot)) - mean, scale, shift)
+    if residual != 0:
+        value = value + decode(x, load(other, at * V))
+    if bits != 0:
+        store_byte(bits, at, positive_bits(value))
+    store(out, at * V, clip_below(value, floor))
+
+
+@inline
+def add_gradient(
+    x, slot, grad, bits, at, V, mean, unit, scale, shift, relu, wanted, total, products
+):  # fmt: skip
+    """Sums of g and of ``g * xhat``, and those of a slot, if it is wanted."""
+    if wanted:
+        kept = bits_of(bits, at, like(V, 0), V)
+        xmu = decode(x, opaque(slot)) - mean
+        g = cut_off(x, opaque(grad), bits, kept, xmu, scale, shift, relu)
+        total = total + sum_lanes(g)
+        products = products + sum_lanes(g * (xmu * unit))
+    return total, products
+
+
+@inline
+def store_gradient(
+    io, slot, grad, at, V, mean, scale, shift, grad_mean, slope, offset, relu, wanted
+):  # fmt: skip
+    """Store slot number `at` of the input gradient, if it is wanted."""
+    x, bits, target, passed, grad_residual = io
+    if wanted:
+        kept = bits_of(bits, at, like(V, 0), V)
+        xmu = decode(x, opaque(slot)) - mean
+        g = cut_off(x, opaque(grad), bits, kept, xmu, scale, shift, relu)
+        if grad_residual != 0:
+            store(passed, at * V, g)
+        store(target, at * V, ((g - grad_mean) + fma(xmu, slope, offset)) * scale)
+
+
+def backward_planes(storage, aligned, wide):
+    V = LANES[storage]
+
+    def backward_planes(
+        grad_output: Address, x: Address, bits: Address, grad_input: Address,
+        grad_residual: Address, N: Size, C: Size, slots: Size, table: Address, sums: Address,
+        kinds: Flag, relu: Flag,
+    ) -> None:  # fmt: skip
+        C, slots = index(C), index(slots)
+        source = pointer(storage, aligned, wide, x)
+        gradient = pointer(storage, aligned, wide, grad_output)
+        target = pointer(storage, aligned, wide, grad_input)
+        passed = pointer(storage, aligned, wide, grad_residual)
+        c, step, lanes = index(cuda.blockIdx.x), threads(), like(C, V)
+        mine = (index(N) * slots + step - 1 - thread()) // step  # slots
+        n, v = thread() // slots, thread() % slots
+        n1, v1 = next_slot(n, v, slots, step)
+        a, b = element(source, n * C + c, slots, v), element(source, n1 * C + c, slots, v1)
+        s0, g0 = load_wanted(source, a * V, mine > 0), load_wanted(gradient, a * V, mine > 0)
+        s1, g1 = load_wanted(source, b * V, mine > 1), load_wanted(gradient, b * V, mine > 1)
+        mean, unit = table_entry(source, table, C, MEAN, c), table_unit(source, table, C, c)
+        scale = table_entry(source, table, C, SCALE, c)
+        shift = table_entry(source, table, C, SHIFT, c)
+
+        total = as_float(source, like(C, 0))
+        products = total
+        total, products = add_gradient(
+            source, s0, g0, bits, a, lanes, mean, unit, scale, shift, relu, mine > 0, total,
+            products,
+        )  # fmt: skip
+        total, products = add_gradient(
+            source, s1, g1, bits, b, lanes, mean, unit, scale, shift, relu, mine > 1, total,
+            products,
+        )  # fmt: skip
+        scratch, coefficients = shared_float64(SUM_SPACE), shared_like(source, 3)
+        sum_dy, sum_dy_xhat = block_sums(widen(total), widen(products), scratch)
+        if thread() == 0:
+            count = as_float64(index(N) * slots * V)
+            finish_sums_found(
+                source, count, sum_dy, sum_dy_xhat, table, sums, kinds, C, c, coefficients,
+                like(C, 0), 1,
+            )  # fmt: skip
+        cuda.syncthreads()
+        grad_mean, slope = get(coefficients, like(C, 0)), get(coefficients, like(C, 1))
+        offset = get(coefficients, like(C, 2))
+        io = (source, bits, target, passed, grad_residual)
+        store_gradient(
+            io, s0, g0, a, lanes, mean, scale, shift, grad_mean, slope, offset, relu, mine > 0
+        )
+        store_gradient(
+            io, s1, g1, b, lanes, mean, scale, shift, grad_mean, slope, offset, relu, mine > 1
+        )
+
+    return backward_planes
+
+
+@inline
+def load_wanted(x, i, wanted):
+    """A whole slot, or zeros."""
+    slot = no_slot()
+    if wanted:
+        slot = load(x, i)
+    return slot
+
+
+@inline
+def finish_sums_found(
+    x, count, sum_dy, sum_dy_xhat, table, sums, kinds, C, c, coefficients, to, stride
+):  # fmt: skip
+    """Finish channel c's sums; the coefficients of its dx go to shared memory."""
+    dbias, dweight = finish_backward(x, count, sum_dy, sum_dy_xhat, table, C, c)
+    store_any(sums, kinds & 3, c, dbias)
+    store_any(sums, kinds & 3, C + c, dweight)
+    grad_mean, slope, offset = slopes_of(x, dbias / count, dweight / count, table, C, c)
+    put(coefficients, to, grad_mean)
+    put(coefficients, to + stride, slope)
+    put(coefficients, to + stride + stride, offset)

@@ -1,0 +1,164 @@
+"""How the work of a call is cut up: from the shape alone, so that results are too.
+
+The numbers are made for a GPU of 132 multiprocessors, which fewer share as well.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from math import gcd
+from typing import NamedTuple
+
+from numbabn.cuda.options import FUSED_THREADS, PAIR, PLANE_CHUNK, THREADS, TILE_WIDTH, WIDEST_TILE
+from numbabn.layout import View
+
+BLOCKS = 132 * 8  # enough for every multiprocessor to have as many as it can hold
+MOST_TURNS = 16  # tiles that a thread sums in float32
+MOST_PARTS = 65535  # a grid's largest y
+SHORT_PLANE = 128  # shorter ones are columns
+
+
+class Planes(NamedTuple):
+    """See `geometry`."""
+
+    N: int
+    C: int
+    L: int
+    slots: int  # of a row
+    lanes: int  # numbers in a slot
+    chunk: int  # slots of a block, elementwise
+    part: int  # slots of a chunk of a channel
+
+    def fused(self, held: int) -> int:
+        """Threads of a block that does a whole channel, holding `held` slots each, or 0.
+
+        There must be channels enough to keep the device busy, unless they are small.
+        """
+        slots = self.N * self.slots
+        whole = self.slots * self.lanes == self.L
+        if not whole or slots > held * FUSED_THREADS or (self.C < BLOCKS // 16 and slots > 2048):
+            return 0
+        return min(max(-(-slots // (held * 32)), -(-slots // 96), 2) * 32, FUSED_THREADS)
+
+    @property
+    def bits(self) -> int:
+        """Bytes that the ReLU's bits take."""
+        return self.N * self.C * self.slots
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a channel."""
+        return -(-self.N * self.slots // self.part)
+
+    @property
+    def element_grid(self) -> tuple[int, ...]:
+        return (-(-self.bits // self.chunk),)
+
+    @property
+    def chunk_grid(self) -> tuple[int, ...]:
+        return self.C, self.chunks
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        return (THREADS,)
+
+    @property
+    def element_sizes(self) -> tuple[int, ...]:
+        return self.N * self.C, self.C, self.L, self.slots, self.chunk
+
+    @property
+    def chunk_sizes(self) -> tuple[int, ...]:
+        return self.N, self.C, self.L, self.slots, self.part
+
+
+class Columns(NamedTuple):
+    """See `geometry`."""
+
+    C: int
+    L: int
+    K: int
+    height: int
+    left: int
+    width: int
+    tall: int
+    tiles: int
+    copies: int  # rows of channels in a row of K columns
+    bits: int  # bytes that the ReLU's bits take
+    rows: int  # of a block, elementwise
+    part: int  # rows of a chunk
+
+    def fused(self, held: int) -> int:
+        """There is no kernel that does whole channels of columns."""
+        return 0
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a channel."""
+        return self.copies * self._parts(self.part)
+
+    def _parts(self, rows: int) -> int:
+        return -(-(self.height + (self.left > 0)) // rows)
+
+    @property
+    def element_grid(self) -> tuple[int, ...]:
+        return self.tiles, self._parts(self.rows)
+
+    @property
+    def chunk_grid(self) -> tuple[int, ...]:
+        return self.tiles, self._parts(self.part)
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        return self.width, self.tall
+
+    @property
+    def element_sizes(self) -> tuple[int, ...]:
+        return self.C, self.L, self.K, self.height, self.left, self.rows
+
+    @property
+    def chunk_sizes(self) -> tuple[int, ...]:
+        return self.C, self.L, self.K, self.height, self.left, self.part
+
+
+@cache
+def plan(view: View, itemsize: int) -> Planes | Columns:
+    """The plan for arrays that lie like `view`."""
+    N, C, L = view.sizes
+    V = 16 // itemsize
+    if L >= SHORT_PLANE and (L % V == 0 or L // gcd(L, V) > WIDEST_TILE):
+        slots = L // V if L % V == 0 else (L + V - 2) // V + 1
+        turn = THREADS * PAIR
+        turns = min(max(N * C * slots // (turn * BLOCKS), 1), PLANE_CHUNK // turn)
+        return Planes(N, C, L, slots, V, turn * turns, _turns(N * slots, 4 * THREADS, C))
+    copies = V // gcd(C * L, V)
+    K = C * L * copies
+    height, left = divmod(N * C * L, K)
+    unit = L // gcd(L, V)  # slots of the fewest channels that fill slots
+    # Narrow tiles: a block's sums are one for each of its channels, whatever it read for them.
+    tall = min(32, -(-(height + 1) // PAIR))
+    most = max(1, min(THREADS // tall, TILE_WIDTH) // unit)  # units in a tile
+    units = K // V // unit
+    tiles = -(-units // most)
+    width = unit * -(-units // tiles)
+    tiles = -(-units * unit // width)
+    tall = THREADS // width
+    rows = height + (left > 0)
+    turn = tall * PAIR
+    turns = min(max(-(-rows // turn) * tiles // BLOCKS, 1), 8)
+    turns = max(turns, -(-rows // turn // MOST_PARTS))
+    # Longer chunks, if there are blocks enough: less is written and read of what they sum to.
+    long = -(-rows // (8 * tall)) * tiles >= BLOCKS // 8
+    part = _turns(rows, (8 if long else 4) * tall, tiles)
+    bits = -(-N * C * L // V)
+    return Columns(C, L, K, height, left, width, tall, tiles, copies, bits, turn * turns, part)
+
+
+def _turns(length: int, turn: int, beside: int) -> int:
+    """How much of `length` a block should sum: a multiple of what it does in a `turn`.
+
+    Not so much that float32 sums grow long or blocks too few, `beside` others being at work; not
+    so little that there are more chunks than a grid can have.
+    """
+    turns = -(-length // turn)
+    wanted = min(max(turns * beside // (BLOCKS // 2), 1), MOST_TURNS)
+    return turn * max(wanted, -(-turns // MOST_PARTS))

@@ -1,0 +1,377 @@
+"""Sums over the batch: the statistics of each chunk of each channel.
+
+A thread sums in the type that is computed with, float32 for all but float64, in tiles of four
+slots: first a tile's mean, then the squared deviations from it, in registers; tiles are merged by
+the formula of Chan, Golub & LeVeque (1979). Everything is relative to one of the thread's own
+values. Where squares may have overflowed or underflowed, the thread does it again in float64,
+which is also how infinity and NaN come out right. What threads found is merged in float64: first
+the common mean, then ``m2 = sum(m2_i + n_i * (mean_i - mean)**2)``.
+"""
+
+from __future__ import annotations
+
+import math
+
+from numba import cuda
+
+from numbabn.cuda.channels import CENTER, COUNT, M2, SUM
+from numbabn.cuda.geometry import next_slot, row_part, thread, threads
+from numbabn.cuda.indices import as_float, as_float64, index, like, smaller
+from numbabn.cuda.memory import (
+    decode,
+    element,
+    is_double,
+    load,
+    load_part,
+    no_slot,
+    opaque,
+    pointer,
+    scalar,
+    store_float64,
+)
+from numbabn.cuda.options import THREADS, TILE_WIDTH, Address, Size, inline
+from numbabn.cuda.shared import get, get_columns, put, put_vector, shared_float64
+from numbabn.cuda.sums import SUM_SPACE, add_up, block_sums, tile_sums
+from numbabn.cuda.vector import (
+    LANES,
+    close_sum,
+    doubtful,
+    fma,
+    keep,
+    part_bits,
+    splat,
+    sum_lanes,
+    widen,
+)
+
+
+@inline
+def first_value(x, i):
+    """What a channel's sums are relative to: its first value, or 0 if that is not finite."""
+    value = widen(scalar(x, i))
+    return value if math.isfinite(value) else 0.0
+
+
+@inline
+def store_chunk(partials, at, count, center, total, m2):
+    """Chunk number `at` of all channels' chunks."""
+    store_float64(partials, at * 4 + COUNT, count)
+    store_float64(partials, at * 4 + CENTER, center)
+    store_float64(partials, at * 4 + SUM, total)
+    store_float64(partials, at * 4 + M2, m2)
+
+
+# --- planes ---------------------------------------------------------------------------------
+
+
+@inline
+def merge_tile(x, a, b, c, d, bits_a, bits_b, bits_c, bits_d, whole, count, shift, n, mean, m2):
+    """n, mean and m2 of the thread's values less `shift`, after a tile of `count` more; its mean.
+
+    If it is not `whole`, only the slots' numbers whose bits are set belong to it.
+    """
+    a, b = decode(x, a) - shift, decode(x, b) - shift
+    c, d = decode(x, c) - shift, decode(x, d) - shift
+    if whole:
+        middle = sum_lanes((a + b) + (c + d)) / count
+        a, b, c, d = a - middle, b - middle, c - middle, d - middle
+    else:
+        a, b, c, d = keep(a, bits_a), keep(b, bits_b), keep(c, bits_c), keep(d, bits_d)
+        middle = sum_lanes((a + b) + (c + d)) / count
+        a, b = keep(a - middle, bits_a), keep(b - middle, bits_b)
+        c, d = keep(c - middle, bits_c), keep(d - middle, bits_d)
+    squares = sum_lanes(fma(b, b, a * a) + fma(d, d, c * c))
+    total = n + count
+    apart = middle - mean
+    share = count / total
+    m2 = (m2 + squares) + (apart * apart) * (share * n)
+    return total, fma(apart, share, mean), m2, middle
+
+
+@inline
+def slot_again(x, slot, bits, center):
+    """Sums of a slot's numbers less `center` and of their squares, in float64."""
+    apart = keep(widen(decode(x, slot)) - center, bits)
+    return sum_lanes(apart), sum_lanes(apart * apart)
+
+
+@inline
+def merge_threads(count, near, total, mean, m2, center, scratch):
+    """A block's count, center, sum and m2, from each thread's count, sum, mean and m2.
+
+    The thread's sum and mean are relative to `near`, and the mean need not be as exact as the sum.
+
+    The sum is relative to a new center, which is next to the mean: `center`, the channel's first
+    value, may be an outlier.
+    """
+    here = count > 0.0
+    number, all_ = block_sums(count, ((near - center) + mean) * count if here else 0.0, scratch)
+    moved = center + all_ / number
+    if not math.isfinite(moved):
+        moved = center
+    apart = (near - moved) + mean
+    m2 = m2 + count * (apart * apart) if here else 0.0
+    rest = fma(near - moved, count, total) if here else 0.0
+    m2, rest = block_sums(m2, rest, scratch)
+    return number, moved, rest, m2 - rest * (rest / number)
+
+
+def stats_planes(storage, aligned, wide):
+    V = LANES[storage]
+
+    def stats_planes(
+        x: Address, N: Size, C: Size, L: Size, slots: Size, chunk: Size, partials: Address
+    ) -> None:  # fmt: skip
+        C, L, slots = index(C), index(L), index(slots)
+        source = pointer(storage, aligned, wide, x)
+        c, k = index(cuda.blockIdx.x), index(cuda.blockIdx.y)
+        begin = k * index(chunk)
+        end = smaller(begin + index(chunk), index(N) * slots)
+        center = first_value(source, element(source, c, L, 0))
+        u = begin + thread()
+        n, v = u // slots, u % slots
+        step = like(L, THREADS)
+        count = as_float(source, like(L, 0))
+        mean, m2, shift, exact, lost = count, count, count, count, count
+        if u < end:
+            # The slot may begin before its row, or lie past its end.
+            shift = scalar(source, element(source, n * C + c, L, smaller(v * V, L - 1)))
+        while u < end:
+            i, lo, hi = row_part(source, n * C + c, v, True, L, V)
+            a, bits_a, total = load_part(source, i, lo, hi), part_bits(lo, hi), hi - lo
+            n, v = next_slot(n, v, slots, step)
+            i, lo, hi = row_part(source, n * C + c, v, u + THREADS < end, L, V)
+            b, bits_b, total = load_part(source, i, lo, hi), part_bits(lo, hi), total + hi - lo
+            n, v = next_slot(n, v, slots, step)
+            i, lo, hi = row_part(source, n * C + c, v, u + 2 * THREADS < end, L, V)
+            d, bits_d, total = load_part(source, i, lo, hi), part_bits(lo, hi), total + hi - lo
+            n, v = next_slot(n, v, slots, step)
+            i, lo, hi = row_part(source, n * C + c, v, u + 3 * THREADS < end, L, V)
+            e, bits_e, total = load_part(source, i, lo, hi), part_bits(lo, hi), total + hi - lo
+            n, v = next_slot(n, v, slots, step)
+            if total > 0:
+                count, mean, m2, middle = merge_tile(
+                    source, a, b, d, e, bits_a, bits_b, bits_d, bits_e, total == 4 * V,
+                    as_float(source, total), shift, count, mean, m2,
+                )  # fmt: skip
+                if is_double(source):
+                    exact, lost = add_up(source, exact, lost, middle * as_float(source, total))
+            u = u + 4 * THREADS
+        number, near, offset, squares = widen(count), widen(shift), widen(mean), widen(m2)
+        sum_ = widen(close_sum(exact, lost)) if is_double(source) else offset * number
+        if number > 0.0 and doubtful(m2, shift):
+            near, offset, squares = center, 0.0, 0.0
+            u = begin + thread()
+            while u < end:
+                n = u // slots
+                i, lo, hi = row_part(source, n * C + c, u - n * slots, True, L, V)
+                slot = load_part(source, i, lo, hi)
+                total, square = slot_again(source, slot, part_bits(lo, hi), center)
+                offset, squares = offset + total, squares + square
+                u = u + THREADS
+            sum_, offset = offset, offset / number
+            squares = squares - sum_ * offset
+        scratch = shared_float64(SUM_SPACE)
+        number, center, total, squares = merge_threads(
+            number, near, sum_, offset, squares, center, scratch
+        )
+        if thread() == 0:
+            at = c * index(cuda.gridDim.y) + k
+            store_chunk(partials, at, number, center, total, squares)
+
+    return stats_planes
+
+
+# --- columns --------------------------------------------------------------------------------
+
+
+@inline
+def column_moments(x, i, step, rows, first):
+    """Per column, mean, m2 and, for float64, the sum of `rows` rows' values less slot `first`'s.
+
+    The rows' slots are at i, i + step, and so on; two rows are a tile.
+    """
+    one = as_float(x, like(rows, 1))
+    half = one / as_float(x, like(rows, 2))
+    mean = splat(x, one - one)
+    m2, total, lost = mean, mean, mean
+    n = like(rows, 0)
+    while n + 2 <= rows:
+        a, b = load(x, i), load(x, i + step)
+        shift = decode(x, opaque(first))
+        a, b = decode(x, a) - shift, decode(x, b) - shift
+        if is_double(x):  # merging means rounds too much beside an outlier
+            total, lost = add_up(x, total, lost, a)
+            total, lost = add_up(x, total, lost, b)
+        middle = (a + b) * half
+        a, b = a - middle, b - middle
+        apart = middle - mean
+        share = as_float(x, like(n, 2)) / as_float(x, n + 2)
+        mean = fma(apart, share, mean)
+        m2 = fma(apart * apart, share * as_float(x, n), fma(b, b, fma(a, a, m2)))
+        n = n + 2
+        i = i + step * 2
+    if n < rows:
+        apart = decode(x, load(x, i)) - decode(x, opaque(first))
+        if is_double(x):
+            total, lost = add_up(x, total, lost, apart)
+        apart = apart - mean
+        share = one / as_float(x, rows)
+        mean = fma(apart, share, mean)
+        m2 = fma(apart * apart, share * as_float(x, n), m2)
+    return mean, m2, close_sum(total, lost)
+
+
+@inline
+def column_again(x, i, step, rows, center):
+    """Mean and m2 of one column's values less `center`, in float64."""
+    total, squares = 0.0, 0.0
+    n = like(rows, 0)
+    while n < rows:
+        apart = widen(scalar(x, i)) - center
+        total = total + apart
+        squares = squares + apart * apart
+        i = i + step
+        n = n + 1
+    mean = total / as_float64(rows)
+    return mean, squares - mean * total
+
+
+@inline
+def put_centers(x, first, channels, C, L, K, centers):
+    """The first values of channels from `first` on, into shared memory."""
+    q = thread()
+    while q < channels and (first + q) * L < K:
+        put(centers, q, first_value(x, element(x, (first + q) % C, L, 0)))
+        q = q + threads()
+    cuda.syncthreads()
+
+
+def stats_columns(storage, aligned, wide):
+    V = LANES[storage]
+    WORK = THREADS * LANES[storage]
+    SPACE = TILE_WIDTH * LANES[storage]
+
+    def stats_columns(
+        x: Address, C: Size, L: Size, K: Size, height: Size, left: Size, rows: Size,
+        partials: Address,
+    ) -> None:  # fmt: skip
+        C, L, K, height = index(C), index(L), index(K), index(height)
+        source = pointer(storage, aligned, wide, x)
+        part, parts = index(cuda.blockIdx.y), index(cuda.gridDim.y)
+        columns, tall = index(cuda.blockDim.x) * V, index(cuda.blockDim.y)
+        down = index(cuda.threadIdx.y)
+        column = index(cuda.threadIdx.x) * V  # of the tile
+        k = index(cuda.blockIdx.x) * columns + column
+        first, channels = index(cuda.blockIdx.x) * columns // L, columns // L
+        centers, middles = shared_float64(SPACE), shared_float64(SPACE)
+        work = shared_float64(WORK)
+        put_centers(source, first, channels, C, L, K, centers)
+
+        # Whole rows of the block; what is left of the last is one value more for some columns.
+        begin = smaller(part * index(rows), height)
+        whole = smaller(begin + index(rows), height) - begin
+        left = index(left) if part == parts - 1 else like(K, 0)
+        mine = like(K, 0)
+        if k < K and down < whole:
+            mine = (whole - down + tall - 1) // tall
+        i, step = element(source, begin + down, K, k), element(source, tall, K, 0)
+        at = down * columns + column
+        mean = splat(source, as_float(source, like(K, 0)))
+        m2, total = mean, mean
+        one = no_slot()
+        if mine > 0:
+            one = load(source, i)
+            mean, m2, total = column_moments(source, i, step, mine, one)
+        again = mine > 0 and doubtful(m2, decode(source, one))
+        number, lanes = as_float64(mine), opaque(like(K, V))
+        if k < K:
+            shift, mean = decode(source, opaque(one)), opaque(mean)
+            center = get_columns(source, centers, column, L)
+            if is_double(source):
+                put_vector(work, at, fma(widen(shift) - center, number, widen(total)))
+            else:
+                put_vector(work, at, ((widen(shift) - center) + widen(mean)) * number)
+            j = like(K, 0)
+            while again and j < lanes:
+                center = get(centers, (column + j) // L)
+                put(work, at + j, column_again(source, i + j, step, mine, center)[0] * number)
+                j = j + 1
+            j = like(K, 0)
+            while down == 0 and j < lanes and k + j < left:
+                apart = widen(scalar(source, element(source, height, K, k + j)))
+                apart = apart - get(centers, (column + j) // L)
+                put(work, at + j, get(work, at + j) + apart)
+                j = j + 1
+        tile_sums(source, work, columns, tall, L)
+        q = thread()
+        while q < channels:
+            # From here on relative to the mean: the first value may be an outlier.
+            count = whole + 1 if (first + q) * L < left else whole
+            moved = get(centers, q)
+            if count > 0:
+                moved = moved + get(work, q * L) / as_float64(count * L)
+            put(middles, q, moved if math.isfinite(moved) else get(centers, q))
+            q = q + threads()
+        cuda.syncthreads()
+        if k < K:
+            shift, mean = decode(source, opaque(one)), opaque(mean)
+            near = widen(shift) - get_columns(source, middles, column, L)
+            if is_double(source):
+                apart = near + widen(total) * (1.0 / number if mine > 0 else 0.0)
+            else:
+                apart = near + widen(mean)
+            put_vector(work, at, fma(apart * apart, number, widen(m2)))
+            j = like(K, 0)
+            while again and j < lanes:
+                middle = get(middles, (column + j) // L)
+                own, squares = column_again(source, i + j, step, mine, middle)
+                put(work, at + j, squares + own * own * number)
+                j = j + 1
+            j = like(K, 0)
+            while down == 0 and j < lanes and k + j < left:
+                own = widen(scalar(source, element(source, height, K, k + j)))
+                own = own - get(middles, (column + j) // L)
+                put(work, at + j, get(work, at + j) + own * own)
+                j = j + 1
+        tile_sums(source, work, columns, tall, L)
+        copies = K // (C * L)
+        q = thread()
+        while q < channels and (first + q) * L < K:
+            c = first + q
+            chunk = (((c % C) * copies + c // C) * parts + part) * 4
+            count = whole + 1 if c * L < left else whole
+            store_float64(partials, chunk + COUNT, as_float64(count * L))
+            store_float64(partials, chunk + CENTER, get(middles, q))
+            store_float64(partials, chunk + M2, get(work, q * L))
+            q = q + threads()
+        cuda.syncthreads()
+        # What rounding left of the mean.
+        if k < K:
+            shift = decode(source, opaque(one))
+            if is_double(source):
+                near = widen(shift) - get_columns(source, middles, column, L)
+                put_vector(work, at, fma(near, number, widen(total)))
+            else:
+                near = widen(shift) - get_columns(source, middles, column, L)
+                put_vector(work, at, (near + widen(opaque(mean))) * number)
+            j = like(K, 0)
+            while again and j < lanes:
+                middle = get(middles, (column + j) // L)
+                put(work, at + j, column_again(source, i + j, step, mine, middle)[0] * number)
+                j = j + 1
+            j = like(K, 0)
+            while down == 0 and j < lanes and k + j < left:
+                own = widen(scalar(source, element(source, height, K, k + j)))
+                own = own - get(middles, (column + j) // L)
+                put(work, at + j, get(work, at + j) + own)
+                j = j + 1
+        tile_sums(source, work, columns, tall, L)
+        q = thread()
+        while q < channels and (first + q) * L < K:
+            c = first + q
+            chunk = (((c % C) * copies + c // C) * parts + part) * 4
+            store_float64(partials, chunk + SUM, get(work, q * L))
+            q = q + threads()
+
+    return stats_columns

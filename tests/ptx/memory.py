@@ -1,0 +1,143 @@
+"""Memory: regions of bytes at addresses, and how lanes get at them.
+
+A `Region` is an array in global memory, or a variable in shared or local memory; an access must lie
+within one. Regions of global memory lie where the host has them. A `Space` holds regions, and finds
+those that a set of addresses lies in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ptx.races import Shadow
+
+Rows = tuple[np.ndarray, int]
+
+
+class Buffer:
+    """Bytes; the first is at address `origin`."""
+
+    def __init__(self, data: np.ndarray, origin: int):
+        self.data, self.origin = data, origin
+        self.shadow: Shadow | None = None
+        self._rows: dict[tuple[np.dtype, int], Rows] = {}
+
+    def rows(self, dtype: np.dtype, count: int) -> Rows:
+        """The bytes as an array of `count` numbers a row, and the first row's address."""
+        key = dtype, count
+        if key not in self._rows:
+            width = dtype.itemsize * count
+            skip = -self.origin % width
+            rows = max(0, (self.data.size - skip) // width)
+            view = self.data[skip : skip + rows * width].view(dtype)
+            self._rows[key] = (view if count == 1 else view.reshape(-1, count), self.origin + skip)
+        return self._rows[key]
+
+
+@dataclass
+class Region:
+    """`size` bytes at `base`, in a buffer that may hold more."""
+
+    name: str
+    base: int
+    size: int
+    buffer: Buffer
+    writable: bool = True
+    touched: dict[str, np.ndarray] = field(default_factory=dict)  # sectors, by load and store
+
+    def touch(self, kind: str, sectors: np.ndarray) -> None:
+        """Note that these sectors (addresses by 32) were loaded or stored."""
+        first = self.base >> 5
+        if kind not in self.touched:
+            self.touched[kind] = np.zeros(((self.base + self.size - 1) >> 5) - first + 1, bool)
+        self.touched[kind][sectors - first] = True
+
+
+class Space:
+    """Regions that lie apart."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.regions: list[Region] = []
+
+    def add(self, region: Region) -> None:
+        for other in self.regions:
+            if region.base < other.base + other.size and other.base < region.base + region.size:
+                raise ValueError(f"{region.name} overlaps {other.name}")
+        self.regions.append(region)
+        self.regions.sort(key=lambda r: r.base)
+
+    def locate(self, addresses: np.ndarray, width: int):
+        """(region, which of the addresses are in it) until all are found; None for all of them.
+
+        The region is None for those that are in none.
+        """
+        first, last = int(addresses.min()), int(addresses.max()) + width
+        for region in self.regions:
+            if region.base <= first and last <= region.base + region.size:
+                return [(region, None)]
+        found = []
+        nowhere = np.ones(addresses.size, bool)
+        for region in self.regions:
+            if region.size < width or region.base >= last or region.base + region.size <= first:
+                continue
+            low, high = np.uint64(region.base), np.uint64(region.base + region.size - width)
+            inside = (addresses >= low) & (addresses <= high)
+            if inside.any():
+                found.append((region, np.flatnonzero(inside)))
+                nowhere &= ~inside
+        if nowhere.any():
+            found.insert(0, (None, np.flatnonzero(nowhere)))
+        return found
+
+    def nearest(self, address: int) -> str:
+        """Where an address that is in no region lies."""
+        near = [r for r in self.regions if r.size]
+        if not near:
+            return f"there is nothing in {self.name} memory"
+        region = min(near, key=lambda r: max(r.base - address, address - r.base - r.size + 1))
+        if address < region.base:
+            return f"{region.base - address} bytes before {region.name}"
+        return f"byte {address - region.base} of {region.name}, which has {region.size}"
+
+
+def _extent(array: np.ndarray) -> tuple[int, int]:
+    """Address and size in bytes of an array without gaps."""
+    strides = sorted(
+        (stride, length) for stride, length in zip(array.strides, array.shape) if length > 1
+    )
+    dense = array.itemsize
+    for stride, length in strides:
+        if stride != dense:
+            raise ValueError("an array with gaps, or turned round, cannot be registered")
+        dense *= length
+    return array.ctypes.data, array.nbytes
+
+
+class Memory:
+    """Global memory: the arrays that kernels may use. Their addresses are those in the host."""
+
+    def __init__(self) -> None:
+        self.space = Space("global")
+        self._owners: list[np.ndarray] = []
+
+    def register(self, array: np.ndarray, name: str, writable: bool = True) -> int:
+        """Let kernels read `array`, and write it if `writable`; returns its address."""
+        base, size = _extent(array)
+        if size:
+            kind = ctypes.c_uint8 * size
+            data = np.ctypeslib.as_array(kind.from_address(base))
+            self.space.add(Region(name, base, size, Buffer(data, base), writable))
+            self._owners.append(array)
+        return base
+
+    def allocate(self, size: int, name: str, initial: bytes = b"", writable: bool = True) -> int:
+        """New memory, aligned to 256 bytes, for a variable of a module; returns its address."""
+        store = np.zeros(size + 256, np.uint8)
+        skip = -store.ctypes.data % 256
+        store[skip : skip + len(initial)] = np.frombuffer(initial, np.uint8)
+        self._owners.append(store)
+        return self.register(store[skip : skip + size], name, writable)
