@@ -73,7 +73,9 @@ class Access:
                 near = group.spaces[space].nearest(int(inside[0]))
                 self._fail(OutOfBounds, group, who, 0, inside, f"is outside all arrays: {near}")
             if kind != "load" and not region.writable:
-                self._fail(ReadOnly, group, who, 0, inside, f"is in {region.name}, which may only be read")
+                self._fail(
+                    ReadOnly, group, who, 0, inside, f"is in {region.name}, which may only be read"
+                )
             offsets = (inside - np.uint64(region.buffer.origin)).view(np.int64)
             stride = group.strides.get(space)
             if stride is not None:
@@ -103,7 +105,11 @@ class Access:
             keys = np.sort(keys)
             steps = np.diff(keys.view(np.int64))
         touched = 1 + int(np.count_nonzero(steps))
-        warps = group.warps if lanes is None else 1 + int(np.count_nonzero(np.diff(group.warp_of[lanes])))
+        warps = (
+            group.warps
+            if lanes is None
+            else 1 + int(np.count_nonzero(np.diff(group.warp_of[lanes])))
+        )
         report = group.launch.report
         for one in ("load", "store") if kind == "atomic" else (kind,):
             report.requests[one, self.width] += warps
@@ -149,7 +155,9 @@ class Access:
         written = shadow.written(offsets, self.width)
         if not written.all():
             n = int(np.flatnonzero(~written)[0])
-            self._fail(Uninitialised, group, lanes, n, addresses, f"in {region.name} was not written yet")
+            self._fail(
+                Uninitialised, group, lanes, n, addresses, f"in {region.name} was not written yet"
+            )
 
     def rows(self, buffer: Buffer, offsets, count: int, dtype):
         """The buffer as rows of an access, and which rows."""

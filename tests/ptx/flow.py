@@ -11,7 +11,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ptx.parse import Address, Arguments, Function, Instruction, Label, Module, Pair, Variable, Vector
+from ptx.parse import (
+    Address,
+    Arguments,
+    Function,
+    Instruction,
+    Label,
+    Module,
+    Pair,
+    Variable,
+    Vector,
+)
 
 ENDS = ("bra", "ret", "exit", "bar", "barrier", "trap")
 

@@ -428,7 +428,7 @@ def compute(instruction: Instruction, slots: Slots):
         exact = function
         function = lambda *args: convert(exact(*args))  # noqa: E731
     if len(readers) == 1:
-        a, = readers
+        (a,) = readers
         return [(slot, lambda R: function(a(R)))]
     if len(readers) == 2:
         a, b = readers

@@ -291,9 +291,7 @@ class Group:
         if step.guard:
             slot, wanted = step.guard
             if step.reads:
-                self._check_written(
-                    [s for s in step.reads if s == slot], mask, step.instruction
-                )
+                self._check_written([s for s in step.reads if s == slot], mask, step.instruction)
             through = self.full(R[slot] if wanted else ~R[slot])
             mask = through if mask is None else mask & through
             if not mask.any():
@@ -544,6 +542,7 @@ class Launch:
 
     def thread_name(self, number: int) -> str:
         """Block and thread, as CUDA numbers them."""
+
         def place(n, size):
             return n % size[0], n // size[0] % size[1], n // (size[0] * size[1])
 

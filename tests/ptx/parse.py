@@ -198,9 +198,7 @@ class _Parser:
         if self.skip("="):
             initial = b"".join(literal(v, kind) for v in self.group())
             initial = initial.ljust(size, b"\0")
-        return Variable(
-            name, space, kind, None if unknown else size, align or SIZES[kind], initial
-        )
+        return Variable(name, space, kind, None if unknown else size, align or SIZES[kind], initial)
 
     def group(self) -> list[str]:
         """``{a, b}``, or ``a`` alone."""
