@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ptx.parse import Address, Arguments, Function, Instruction, Label, Module, Pair, Variable, Vector
+from ptx import parse
+from ptx.parse import Address, Arguments, Instruction, Label, Pair, Variable, Vector
 
 ENDS = ("bra", "ret", "exit", "bar", "barrier", "trap")
 
@@ -30,7 +31,7 @@ class Block:
 class Flow:
     """A kernel, ready to be compiled; blocks are in their order."""
 
-    entry: Function
+    entry: parse.Function
     blocks: list[Block]
     registers: dict[str, str]
     variables: list[Variable]
@@ -38,7 +39,7 @@ class Flow:
     temporary: set[str]  # registers that only one block knows, and writes first
 
 
-def make_flow(module: Module, entry: Function) -> Flow:
+def make_flow(module: parse.Module, entry: parse.Function) -> Flow:
     """The control flow of a kernel."""
     registers, variables = dict(entry.registers), list(entry.variables)
     body = _inline(module, entry, registers, variables, ())

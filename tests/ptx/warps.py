@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ptx.instructions import Modifiers, Slots
 from ptx.parse import Instruction, Pair
+from ptx.registers import Modifiers, Slots
 from ptx.report import InactiveLane
 
 U32 = np.dtype("u4")
