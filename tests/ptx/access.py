@@ -30,7 +30,8 @@ class Access:
         while m.take(*_HINTS):
             pass
         m.left = [hint for hint in m.left if not hint.startswith(("L1::", "L2::"))]
-        self.read_address = slots.reader(address.base, np.dtype("u8"))
+        read = slots.reader(address.base, slots.dtype(address.base))
+        self.read_address = lambda R: read(R).astype(np.uint64, copy=False)
         self.offset = np.uint64(address.offset % (1 << 64))
 
     def addresses(self, group, mask):

@@ -14,7 +14,11 @@ from dataclasses import dataclass, field
 from ptx import parse
 from ptx.parse import Address, Arguments, Instruction, Label, Pair, Variable, Vector
 
-ENDS = ("bra", "ret", "exit", "bar", "barrier", "trap")
+
+
+def is_barrier(instruction: Instruction) -> bool:
+    """Whether it may have to wait for other warps."""
+    return instruction.opcode in ("bar", "barrier") and instruction.modifiers[:1] != ("warp",)
 
 
 @dataclass
@@ -118,13 +122,13 @@ def _split(body) -> list[Block]:
             continue
         if last.end:
             blocks.append(Block())
-        if item.opcode in ENDS:
+        if item.opcode in ("bra", "ret", "exit", "trap") or is_barrier(item):
             blocks[-1].end = item
         else:
             blocks[-1].instructions.append(item)
     for n, block in enumerate(blocks):
         end = block.end
-        falls = end is None or end.opcode in ("bar", "barrier") or end.guard is not None
+        falls = end is None or is_barrier(end) or end.guard is not None
         if falls and n + 1 < len(blocks):
             block.following = n + 1
         if end is not None and end.opcode == "bra":

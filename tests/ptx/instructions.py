@@ -220,7 +220,9 @@ def _convert(instruction: Instruction, slots: Slots, m: Modifiers):
         if mode.endswith("i"):
             function = lambda x: ar.TO_INTEGRAL[mode](x).astype(want)  # noqa: E731
         elif want.itemsize < have.itemsize:
-            function = lambda x: ar.narrow(x, want, mode or m.fail("no rounding"))  # noqa: E731
+            if not mode:
+                m.fail("no rounding")
+            function = lambda x: ar.narrow(x, want, mode)  # noqa: E731
         else:
             function = lambda x: x.astype(want)  # noqa: E731
     elif source.startswith("f"):

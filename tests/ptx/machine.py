@@ -71,7 +71,6 @@ class Batch:
                 arrived[id(block), key] = arrived.get((id(block), key), 0) + here
         if not arrived:
             return False
-        self.launch.tick(None)
         passed = False
         for group in self.groups:
             waiting, group.waiting = group.waiting, []
@@ -84,6 +83,7 @@ class Batch:
                     group.release(block, go)
                 if (lanes & ~go).any():
                     group.waiting.append((block, key, lanes & ~go))
+        self.launch.tick(None)  # after the time that the threads passed at
         for (_, key), here in arrived.items():
             expected = (key & 0xFFFFFFFF) or alive
             self.launch.report.barriers += int(np.count_nonzero((here == expected) & (here > 0)))

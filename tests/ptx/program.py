@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ptx.access import MEMORY_INSTRUCTIONS
-from ptx.flow import make_flow, reads_and_writes
+from ptx.flow import is_barrier, make_flow, reads_and_writes
 from ptx.instructions import compute
 from ptx.parse import Function, Instruction, Module
 from ptx.registers import Modifiers, Slots, dtype_of
@@ -69,7 +69,7 @@ class Program:
     def _block(self, block) -> CodeBlock:
         steps = [step for i in block.instructions for step in self._steps(i)]
         end, barrier = block.end, None
-        if end is not None and end.opcode in ("bar", "barrier"):
+        if end is not None and is_barrier(end):
             m = Modifiers(end)
             m.take("cta")
             m.need("sync")

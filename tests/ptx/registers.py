@@ -96,10 +96,9 @@ class Slots:
             self.special[operand] = self.new(operand, np.dtype("u4"))
             return self.special[operand]
         if operand[0].isdigit() or operand[0] == "-":
-            kind = ("f" if dtype.kind == "f" else "u") + str(8 * dtype.itemsize)
-            value = np.frombuffer(
-                literal(operand, kind), signless(np.dtype(kind[0] + dtype.str[2:]))
-            )
+            letter = "f" if dtype.kind == "f" else "u"
+            data = literal(operand, f"{letter}{8 * dtype.itemsize}")
+            value = np.frombuffer(data, f"{letter}{dtype.itemsize}")
             slot = self.new((operand, dtype.str), signless(dtype))
             self.constants[slot] = value != 0 if dtype.kind == "b" else value
             return slot
@@ -108,6 +107,13 @@ class Slots:
         slot = self.new(operand, np.dtype("u8"))
         self.symbols[operand] = slot
         return slot
+
+    def dtype(self, address: str) -> np.dtype:
+        """Of a register or variable that is used as an address."""
+        dtype = self.dtypes[self.slot(address, np.dtype("u8"))]
+        if dtype.kind != "u" or dtype.itemsize < 4:
+            raise Unsupported(f"{address} is no address")
+        return dtype
 
     def reader(self, operand: str, dtype: np.dtype, narrow: bool = False):
         """A function of the register file that gives the operand as an array of `dtype`."""
@@ -122,8 +128,7 @@ class Slots:
             return lambda R: R[slot]
         if _same_bits(have, dtype):
             return lambda R: R[slot].view(dtype)
-        if have.itemsize > dtype.itemsize and (narrow or operand not in self.number
-                                               or operand in SPECIAL):  # fmt: skip
+        if have.itemsize > dtype.itemsize and (narrow or operand in self.symbols):
             bits = np.dtype(f"u{dtype.itemsize}")
             return lambda R: R[slot].astype(bits).view(dtype)
         if operand in self.symbols or operand in SPECIAL:

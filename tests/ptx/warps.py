@@ -147,4 +147,20 @@ def _match(instruction: Instruction, slots: Slots, m: Modifiers):
     return execute
 
 
-WARP_INSTRUCTIONS = {"shfl": _shuffle, "vote": _vote, "activemask": _active_mask, "match": _match}
+def _warp_barrier(instruction: Instruction, slots: Slots, m: Modifiers):
+    m.need("warp")
+    m.need("sync")
+    m.done()
+    members = slots.reader(instruction.operands[0], U32)
+
+    def execute(group, mask):
+        check_members(group, members(group.R), mask, instruction)
+        time = group.launch.time
+        group.warp_since = np.full(group.size, time) if mask is None else np.where(
+            mask, time, group.warp_since)  # fmt: skip
+        group.launch.tick(instruction)
+
+    return execute
+
+
+WARP_INSTRUCTIONS = {"bar": _warp_barrier, "shfl": _shuffle, "vote": _vote, "activemask": _active_mask, "match": _match}
