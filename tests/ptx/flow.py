@@ -70,7 +70,7 @@ def _renamed(operand, names):
 def _inline(module, function, registers, variables, callers):
     """The body with the bodies of called functions in it, their names made unique."""
     body = []
-    for item in function.body:
+    for n, item in enumerate(function.body):
         if isinstance(item, Label) or item.opcode != "call":
             body.append(item)
             continue
@@ -81,7 +81,7 @@ def _inline(module, function, registers, variables, callers):
             raise item.unsupported(f"call of {name}, which is not defined here")
         if name in callers or item.guard:
             raise item.unsupported("recursion" if name in callers else "call under a predicate")
-        prefix = f"{name}@{item.line}:"
+        prefix = f"{name}@{n}:"
         formal = [*callee.returns, *callee.params]
         actual = [argument for arguments in lists for argument in arguments]
         names = {variable.name: given for variable, given in zip(formal, actual, strict=True)}

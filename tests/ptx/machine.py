@@ -126,22 +126,23 @@ class Launch:
         self._set_parameters(arguments)
 
     def _place_variables(self, dynamic: int) -> None:
-        program, symbols = self.program, self.program.slots.symbols
+        symbols = self.program.slots.symbols
         ends = {"shared": 0, "local": 0}
         found: dict[str, list[tuple[str, int, int]]] = {"shared": [], "local": []}
-        variables = [*program.module.variables, *program.flow.variables]
+        # Names are declared again where another call has a parameter of that name.
+        every = [*self.program.module.variables, *self.program.flow.variables]
+        variables = {variable.name: variable for variable in reversed(every)}.values()
         for v in sorted(variables, key=lambda v: v.size is None):  # dynamic shared memory is last
             space = "local" if v.space == "param" else v.space
             if space in ends:
                 base = -(-ends[space] // v.align) * v.align
                 size = dynamic if v.size is None else v.size
-                ends[space] = base + size if v.size is not None else ends[space]
-                if size and not any(name == v.name for name, _, _ in found[space]):
+                if v.size is not None:  # all arrays of dynamic shared memory are one
+                    ends[space] = base + size
+                if size:
                     found[space].append((v.name, base, size))
             elif v.name in symbols:
                 base = self.memory.allocate(v.size, v.name, v.initial, space == "global")
-            else:
-                continue
             if v.name in symbols:
                 self.registers[symbols[v.name]] = np.full(1, base, np.uint64)
         self.shared_variables, self.local_variables = found["shared"], found["local"]
