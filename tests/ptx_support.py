@@ -103,7 +103,7 @@ def rounded(exact: Fraction, kind: str, mode: str = "rn") -> float:
     largest = Fraction(2) ** {"f16": 16, "f32": 128, "f64": 1024}[kind]
     value = whole * Fraction(2) ** last
     if value >= largest:
-        away = mode == "rn" or (mode == "rp") == (exact > 0) and mode != "rz"
+        away = mode == "rn" or ((mode == "rp") == (exact > 0) and mode != "rz")
         value = np.inf if away else largest - largest / Fraction(2) ** bits
     return float(value) * (1 if exact > 0 else -1)
 

@@ -98,7 +98,7 @@ def test_roots_and_reciprocals(kind):
     same(lanes(f"sqrt.rn.{kind} %d, %a;", kind, (kind, squares)), np.arange(64))
 
 
-@pytest.mark.parametrize("op, function", [
+@pytest.mark.parametrize(("op", "function"), [
     ("rcp.approx.ftz", lambda a: 1 / a), ("sqrt.approx", np.sqrt), ("ex2.approx", np.exp2),
     ("rsqrt.approx", lambda a: 1 / np.sqrt(a)), ("lg2.approx", np.log2),
 ])  # fmt: skip
@@ -141,7 +141,8 @@ def test_packed_halves():
     a, b = (numbers("f16", 2 * N, seed) for seed in (1, 2))
     with np.errstate(all="ignore"):
         for op, expected in (("add", a + b), ("mul", a * b)):
-            got = lanes(f"{op}.f16x2 %d, %a, %b;", "b32", ("b32", a.view("u4")), ("b32", b.view("u4")))
+            pairs = ("b32", a.view("u4")), ("b32", b.view("u4"))
+            got = lanes(f"{op}.f16x2 %d, %a, %b;", "b32", *pairs)
             same(got.view("f2"), expected)
 
 
@@ -186,7 +187,7 @@ def test_comparison_joined_with_a_predicate():
 
 
 @pytest.mark.parametrize("mode", ["rn", "rz", "rm", "rp"])
-@pytest.mark.parametrize("source, target", [("f64", "f32"), ("f32", "f16"), ("f64", "f16")])
+@pytest.mark.parametrize(("source", "target"), [("f64", "f32"), ("f32", "f16"), ("f64", "f16")])
 def test_narrowing(source, target, mode):
     a = numbers(source, N)
     rng = np.random.default_rng(0)
@@ -220,7 +221,7 @@ def test_halves_from_bits_and_back():
     assert got[0] == 0x3C000000
 
 
-@pytest.mark.parametrize("mode, rounding", [
+@pytest.mark.parametrize(("mode", "rounding"), [
     ("rni", round), ("rzi", math.trunc), ("rmi", math.floor), ("rpi", math.ceil),
 ])  # fmt: skip
 def test_floats_to_integers(mode, rounding):
@@ -294,7 +295,8 @@ def test_integer_arithmetic(op, kind):
     a, b = numbers(kind, N, 1), numbers(kind, N, 2)
     b[:100] = np.arange(100)
     got = lanes(f"{op}.{kind} %d, %a, %b;", kind, (kind, a), (kind, b))
-    expected = [BINARY[op](x, y, int(kind[1:])) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+    pairs = zip(a.tolist(), b.tolist(), strict=True)
+    expected = [BINARY[op](x, y, int(kind[1:])) for x, y in pairs]
     np.testing.assert_array_equal(got, wrap(expected, kind))
 
 
@@ -321,7 +323,8 @@ def test_shifts(kind):
     pairs = list(zip(a.tolist(), by.tolist(), strict=True))
     if kind[0] == "b":
         got = lanes(f"shl.{kind} %d, %a, %b;", kind, (kind, a), ("u32", by))
-        np.testing.assert_array_equal(got, wrap([x << y if y < bits else 0 for x, y in pairs], kind))
+        expected = [x << y if y < bits else 0 for x, y in pairs]
+        np.testing.assert_array_equal(got, wrap(expected, kind))
     got = lanes(f"shr.{kind} %d, %a, %b;", kind, (kind, a), ("u32", by))
     np.testing.assert_array_equal(got, wrap([x >> min(y, bits) for x, y in pairs], kind))
     for amount in (0, 5, bits - 1, bits, 100):
@@ -334,7 +337,8 @@ def test_shifts(kind):
 def test_funnel_shifts(side, mode):
     a, b, by = (numbers("b32", N, seed) for seed in (1, 2, 3))
     by[: N // 2] %= 40
-    got = lanes(f"shf.{side}.{mode}.b32 %d, %a, %b, %c;", "b32", ("b32", a), ("b32", b), ("b32", by))
+    inputs = ("b32", a), ("b32", b), ("b32", by)
+    got = lanes(f"shf.{side}.{mode}.b32 %d, %a, %b, %c;", "b32", *inputs)
     expected = []
     for low, high, n in zip(a.tolist(), b.tolist(), by.tolist(), strict=True):
         n = n & 31 if mode == "wrap" else min(n, 32)
@@ -409,9 +413,10 @@ def test_bytes_and_bits():
 def test_comparisons_of_integers(name, kind):
     a, b = numbers(kind, N, 1), numbers(kind, N, 2)
     b[:200] = a[:200]
-    got = lanes(f"setp.{name}.{kind} %p, %a, %b; selp.b32 %d, 1, 0, %p;", "u32", (kind, a), (kind, b))
-    np.testing.assert_array_equal(got, [int(COMPARISONS[name](x, y)) for x, y in
-                                        zip(a.tolist(), b.tolist(), strict=True)])  # fmt: skip
+    code = f"setp.{name}.{kind} %p, %a, %b; selp.b32 %d, 1, 0, %p;"
+    got = lanes(code, "u32", (kind, a), (kind, b))
+    pairs = zip(a.tolist(), b.tolist(), strict=True)
+    np.testing.assert_array_equal(got, [int(COMPARISONS[name](x, y)) for x, y in pairs])
 
 
 def test_moves_take_numbers_apart_and_together():

@@ -200,7 +200,7 @@ def test_special_registers():
 # --- memory ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("vector, kind, hint", [
+@pytest.mark.parametrize(("vector", "kind", "hint"), [
     ("v4", "u32", ".nc.L2::128B"), ("v2", "f64", ".cs"), ("v4", "f32", ".L1::no_allocate"),
     ("v2", "u64", ".cg"), ("v2", "u16", ""), ("v4", "u8", ".volatile"), ("", "b64", ".nc"),
 ])  # fmt: skip
@@ -227,7 +227,7 @@ def test_vector_accesses(vector, kind, hint):
     assert report.dram_bytes == report.uncached_bytes == 2 * 128 * width
 
 
-@pytest.mark.parametrize("stride, sectors", [(1, 4), (2, 8), (8, 32), (0, 1)])
+@pytest.mark.parametrize(("stride", "sectors"), [(1, 4), (2, 8), (8, 32), (0, 1)])
 def test_sectors_of_strided_loads(stride, sectors):
     entry = kernel(THREAD + f"""ld.param.u64 %rd1, [x]; mul.lo.u32 %r4, %r1, {stride};
         xor.b32 %r4, %r4, {stride}; mul.wide.u32 %rd2, %r4, 4; add.s64 %rd2, %rd1, %rd2;
@@ -268,16 +268,21 @@ def test_dynamic_shared_memory_and_module_variables():
 
 @SEEDS
 def test_atomics(seed):
-    code = THREAD + """ld.param.u64 %rd1, [x];
+    code = (
+        THREAD
+        + """ld.param.u64 %rd1, [x];
         atom.global.add.u32 %r4, [%rd1], %r1; red.global.max.u32 [%rd1+4], %r1;
         atom.global.min.u32 %r5, [%rd1+8], %r1; red.global.or.b32 [%rd1+12], %r1;
         atom.global.cas.b32 %r6, [%rd1+16], 0, 9; atom.global.exch.b32 %r7, [%rd1+20], %r1;
         atom.global.inc.u32 %r8, [%rd1+24], 9; red.global.add.f32 [%rd1+28], 0f3F000000; ret;"""
+    )
     x = np.zeros(8, np.uint32)
     x[2] = 77
     run(kernel(code), 3, 64, [x], seed=seed)
     assert x[:5].tolist() == [191 * 96, 191, 0, 255, 9]
-    assert x[5] < 192 and x[6] == 192 % 10 and x[7:].view(np.float32)[0] == 96
+    assert x[5] < 192
+    assert x[6] == 192 % 10
+    assert x[7:].view(np.float32)[0] == 96
     if seed == 0:
         assert x[5] == 191  # threads in order
 
@@ -306,8 +311,10 @@ def test_parameters_of_all_types():
         ".param .align 4 .b8 e[12]")  # fmt: skip
     x = np.zeros(4)
     run(entry, 1, 1, [x], 1.5, np.float64(0.1), -2, 65535, b"12345678abcd")
-    assert x.view(np.float32)[0] == 1.5 and x[1] == 0.1
-    assert x.view(np.int32)[4] == -2 and x.view(np.uint16)[10] == 65535
+    assert x.view(np.float32)[0] == 1.5
+    assert x[1] == 0.1
+    assert x.view(np.int32)[4] == -2
+    assert x.view(np.uint16)[10] == 65535
     assert x[3:].tobytes()[:4] == b"abcd"
 
 

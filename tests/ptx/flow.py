@@ -15,7 +15,6 @@ from ptx import parse
 from ptx.parse import Address, Arguments, Instruction, Label, Pair, Variable, Vector
 
 
-
 def is_barrier(instruction: Instruction) -> bool:
     """Whether it may have to wait for other warps."""
     return instruction.opcode in ("bar", "barrier") and instruction.modifiers[:1] != ("warp",)

@@ -10,12 +10,13 @@ import numpy as np
 
 from ptx.group import WARP, Group
 from ptx.memory import Buffer, Memory, Region, Space
-from ptx.parse import SIZES, Instruction
+from ptx.parse import SIZES, Instruction, Variable
 from ptx.program import Program
 from ptx.races import BLOCK_BITS, Shadow
 from ptx.registers import dtype_of
 from ptx.report import DivergentBarrier, Report
 
+GAP = 64  # bytes between variables, to notice when one is overrun
 LANES = 4096  # of a batch of thread blocks
 GROUPS = 4  # of a batch, with a seed
 MOST_BLOCKS_A_TURN = 24  # basic blocks that a group runs before another may, with a seed
@@ -130,15 +131,18 @@ class Launch:
         ends = {"shared": 0, "local": 0}
         found: dict[str, list[tuple[str, int, int]]] = {"shared": [], "local": []}
         # Names are declared again where another call has a parameter of that name.
-        every = [*self.program.module.variables, *self.program.flow.variables]
-        variables = {variable.name: variable for variable in reversed(every)}.values()
-        for v in sorted(variables, key=lambda v: v.size is None):  # dynamic shared memory is last
+        variables: dict[str, Variable] = {}
+        for v in [*self.program.module.variables, *self.program.flow.variables]:
+            variables.setdefault(v.name, v)
+        for v in sorted(
+            variables.values(), key=lambda v: v.size is None
+        ):  # dynamic shared memory is last
             space = "local" if v.space == "param" else v.space
             if space in ends:
                 base = -(-ends[space] // v.align) * v.align
                 size = dynamic if v.size is None else v.size
                 if v.size is not None:  # all arrays of dynamic shared memory are one
-                    ends[space] = base + size
+                    ends[space] = base + size + GAP
                 if size:
                     found[space].append((v.name, base, size))
             elif v.name in symbols:

@@ -163,4 +163,7 @@ def _warp_barrier(instruction: Instruction, slots: Slots, m: Modifiers):
     return execute
 
 
-WARP_INSTRUCTIONS = {"bar": _warp_barrier, "shfl": _shuffle, "vote": _vote, "activemask": _active_mask, "match": _match}
+WARP_INSTRUCTIONS = {
+    "shfl": _shuffle, "vote": _vote, "activemask": _active_mask, "match": _match,
+    "bar": _warp_barrier,
+}  # fmt: skip
