@@ -54,7 +54,8 @@ def fma_narrow(a, b, c):
     # Rounding twice is rounding once unless the first result lies half-way between two numbers.
     halfway = 1 << (_HALFWAY[dtype] - 1)
     near = total.view(np.int64) & (2 * halfway - 1) == halfway
-    if near.any() or (np.abs(total) < _TINY[dtype]).any():
+    small = np.abs(total) < _TINY[dtype]
+    if near.any() or (small.any() and total[small].any()):
         total = _sum_to_odd(product, c.astype(np.float64))
     return total.astype(dtype)
 

@@ -17,7 +17,7 @@ from ptx.registers import dtype_of
 from ptx.report import DivergentBarrier, Report
 
 GAP = 64  # bytes between variables, to notice when one is overrun
-LANES = 4096  # of a batch of thread blocks
+LANES = 8192  # of a batch of thread blocks
 GROUPS = 4  # of a batch, with a seed
 MOST_BLOCKS_A_TURN = 24  # basic blocks that a group runs before another may, with a seed
 
