@@ -1,4 +1,4 @@
-"""What pytest leaves out where numba-cuda is not installed: modules that cannot be imported then."""
+"""What pytest leaves out where numba-cuda is not installed: what cannot be imported then."""
 
 import importlib.util
 
