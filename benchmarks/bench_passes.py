@@ -1,83 +1,94 @@
-"""asv: time of the four passes, for every shape in every layout that differs for it.
+"""asv: time of the four passes, in every layout.
 
-float32, with outputs given (``out=``), so that the kernels are timed and not the operating
-system's handing out of pages. Compilation stays out: `setup` runs each pass once.
+Outputs are given (``out=``), so that the kernels are timed and not the operating system's handing
+out of pages. Compilation stays out: `setup` runs the pass once. Every cell takes a process of its
+own, so there is one shape of each kind; with NUMBABN_ALL_SHAPES=1 in the environment it is every
+shape, in every dtype, and the suite takes half an hour. bench_shapes has the mean of all shapes.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+import os
 
-import numpy as np
-from numpy.typing import NDArray
+from .shapes import LAYOUTS, REPRESENTATIVE, SHAPE_BY_NAME
+from .suite import cell
 
-import numbabn
-from benchmarks.shapes import LAYOUTS, SHAPE_BY_NAME
-
-Array = NDArray[Any]
+_ALL = bool(os.environ.get("NUMBABN_ALL_SHAPES"))
 
 
-@lru_cache(maxsize=1)
-def _problem(shape_name: str, layout: str) -> tuple[Array, Array, Array, int]:
-    """Input, gradient and output arrays with the channel axis.
+class _Pass:
+    """ms for one pass over float32, by shape and layout."""
 
-    Kept from one `setup` to the next: asv calls it before every sample.
-    """
-    sizes, channel_axis = SHAPE_BY_NAME[shape_name].in_layout(layout)
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal(sizes, np.float32)
-    grad_output = rng.standard_normal(sizes, np.float32)
-    return x, grad_output, np.empty_like(x), channel_axis
+    params: tuple[list[str], ...] = (list(SHAPE_BY_NAME if _ALL else REPRESENTATIVE), list(LAYOUTS))
+    param_names: tuple[str, ...] = ("shape", "layout")
+    pass_name = ""
+    # One process for each cell: most of its time is setup.
+    rounds = 1
+    warmup_time = 0.02
+    sample_time = 0.01
+    repeat = (5, 30, 0.4)
+
+    def setup(self, shape: str, layout: str, dtype: str = "float32") -> None:
+        self.once = cell(self.pass_name, shape, layout, dtype).run
+
+    def time_pass(self, *_: str) -> None:
+        self.once(1)
 
 
-class Passes:
-    """ms for one pass, by shape and layout."""
+class _PassOfDtype(_Pass):
+    """ms for one pass over another dtype, by shape and layout."""
 
-    params = (list(SHAPE_BY_NAME), list(LAYOUTS))
-    param_names = ("shape", "layout")
+    params = (
+        list(SHAPE_BY_NAME) if _ALL else ["32x256x14x14"],
+        list(LAYOUTS),
+        ["float64", "float16", "bfloat16"],
+    )
+    param_names = ("shape", "layout", "dtype")
 
-    def setup(self, shape_name: str, layout: str) -> None:
-        """Make the arrays, and run each pass once so that its kernels are compiled."""
-        if layout not in SHAPE_BY_NAME[shape_name].layouts:
-            raise NotImplementedError("a dense layer has one layout")  # asv: skip
-        self.x, self.grad_output, self.out, self.channel_axis = _problem(shape_name, layout)
-        channels = self.x.shape[self.channel_axis]
-        self.running_mean = np.zeros(channels, np.float32)
-        self.running_var = np.ones(channels, np.float32)
-        self.weight = np.ones(channels, np.float32)
-        self.bias = np.zeros(channels, np.float32)
-        self.saved = {training: self._forward(training)[1] for training in (True, False)}
-        for training in (True, False):
-            self._backward(training)
 
-    def _forward(self, training: bool) -> tuple[Array, numbabn.functional.Saved]:
-        return numbabn.batch_norm_forward(
-            self.x,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            training,
-            channel_axis=self.channel_axis,
-            out=self.out,
-        )
+class ForwardTrain(_Pass):
+    """Statistics of the batch, running statistics, output."""
 
-    def _backward(self, training: bool) -> None:
-        numbabn.batch_norm_backward(self.grad_output, self.saved[training], out=self.out)
+    pass_name = "forward_train"
 
-    def time_forward_train(self, shape_name: str, layout: str) -> None:
-        """Statistics of the batch, running statistics, output."""
-        self._forward(training=True)
 
-    def time_forward_eval(self, shape_name: str, layout: str) -> None:
-        """Output from the running statistics."""
-        self._forward(training=False)
+class ForwardEval(_Pass):
+    """Output from the running statistics."""
 
-    def time_backward_train(self, shape_name: str, layout: str) -> None:
-        """Gradients of input, weight and bias, through the statistics."""
-        self._backward(training=True)
+    pass_name = "forward_eval"
 
-    def time_backward_eval(self, shape_name: str, layout: str) -> None:
-        """Gradients of input, weight and bias, statistics being constants."""
-        self._backward(training=False)
+
+class BackwardTrain(_Pass):
+    """Gradients of input, weight and bias, through the statistics."""
+
+    pass_name = "backward_train"
+
+
+class BackwardEval(_Pass):
+    """Gradients of input, weight and bias, statistics being constants."""
+
+    pass_name = "backward_eval"
+
+
+class ForwardTrainDtypes(_PassOfDtype):
+    """`ForwardTrain` in the other dtypes."""
+
+    pass_name = "forward_train"
+
+
+class ForwardEvalDtypes(_PassOfDtype):
+    """`ForwardEval` in the other dtypes."""
+
+    pass_name = "forward_eval"
+
+
+class BackwardTrainDtypes(_PassOfDtype):
+    """`BackwardTrain` in the other dtypes."""
+
+    pass_name = "backward_train"
+
+
+class BackwardEvalDtypes(_PassOfDtype):
+    """`BackwardEval` in the other dtypes."""
+
+    pass_name = "backward_eval"

@@ -26,7 +26,7 @@ from .peers_native import Missing
 from .peers_problem import PASSES, Contestant, Problem
 from .peers_report import Race, as_json, report
 from .peers_timing import race
-from .shapes import LAYOUTS, SHAPES
+from .shapes import LAYOUTS, REPRESENTATIVE, SHAPES
 
 PEERS: dict[str, ModuleType] = {
     "numbabn": peers_numbabn,
@@ -35,8 +35,6 @@ PEERS: dict[str, ModuleType] = {
     "jax": peers_jax,
     "onnxruntime": peers_onnxruntime,
 }
-# One of each kind: from memory, in L3, in L2, long and short planes, a dense layer.
-QUICK = ("32x64x112x112", "32x1024x14x14", "32x256x14x14", "32x512x7x7", "1x2048x7x7", "65536x64")
 
 Item = TypeVar("Item")
 
@@ -123,7 +121,7 @@ def measure(
 ) -> list[Race]:
     shapes = [s for s in SHAPES if options.filter in s.name]
     if options.quick:
-        shapes = [s for s in shapes if s.name in QUICK]
+        shapes = [s for s in shapes if s.name in REPRESENTATIVE]
     budget, min_rounds = (1.5, 5) if options.quick else (5.0, 7)
     races: list[Race] = []
     try:

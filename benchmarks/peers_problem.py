@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .peers_native import optional
+from .shapes import PASSES
 
 __all__ = ["BLOCK", "PASSES", "Contestant", "Problem", "Result", "aligned_empty", "repeated"]
 
 Array = NDArray[Any]
 
-PASSES = ("forward_train", "forward_eval", "backward_train", "backward_eval")
 EPS = 1e-5
 MOMENTUM = 0.1
 # Channels per block of oneDNN's nChw16c layout: one AVX-512 register of float32.

@@ -1,4 +1,4 @@
-"""The shapes that everything is measured on, in one list.
+"""The passes and shapes that everything is measured on, in one list.
 
 Every distinct input of a batch norm in ResNet-50 (224×224 images, stride in the 3×3 convolution),
 at batch 1 and 32, and two dense layers: wide, and long. Shapes are written as (N, C, *); a layout
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["LAYOUTS", "SHAPES", "SHAPE_BY_NAME", "Shape"]
+__all__ = ["LAYOUTS", "PASSES", "REPRESENTATIVE", "SHAPES", "SHAPE_BY_NAME", "Shape"]
 
+PASSES = ("forward_train", "forward_eval", "backward_train", "backward_eval")
 # nchw: channels first, (N, C, *). nhwc: channels last, (N, *, C).
 LAYOUTS = ("nchw", "nhwc")
 
@@ -62,3 +63,12 @@ SHAPES = tuple(
     + [_shape(*sizes) for sizes in _DENSE]
 )
 SHAPE_BY_NAME = {shape.name: shape for shape in SHAPES}
+# One of each kind: from memory, in L3, in L2, long and short planes, a dense layer.
+REPRESENTATIVE = (
+    "32x64x112x112",
+    "32x1024x14x14",
+    "32x256x14x14",
+    "32x512x7x7",
+    "1x2048x7x7",
+    "65536x64",
+)

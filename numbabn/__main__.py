@@ -1,4 +1,4 @@
-"""The command line: ``python -m numbabn info``, ``demo`` and ``warmup``."""
+"""The command line: ``python -m numbabn info``, ``demo``, ``warmup`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 __all__ = ["main"]
+
+T = TypeVar("T")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,6 +34,45 @@ def _integer_from(least: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def _list_of(item: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """Make an argparse type: a list with commas, of distinct items."""
+
+    def parse(text: str) -> list[T]:
+        return list(dict.fromkeys(item(part) for part in text.split(",")))
+
+    return parse
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    """Make an argparse type: one of these names."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(names)}, got {text!r}")
+        return text
+
+    return parse
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    """Parse a shape such as ``32,64,56,56``."""
+    sizes = tuple(map(_integer_from(1), text.split(",")))
+    if len(sizes) < 2:
+        raise argparse.ArgumentTypeError(f"expected N,C,... with 2 sizes or more, got {text!r}")
+    return sizes
+
+
+def _seconds(text: str) -> float:
+    """Parse a time that makes sense to measure for."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 3600:
+        raise argparse.ArgumentTypeError(f"expected seconds, up to 3600, got {text!r}")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,6 +100,39 @@ def _parser() -> argparse.ArgumentParser:
         help="of planes (NCHW), columns (NHWC, dense layers, small images) (default: both)",
     )  # fmt: skip
     warmup.set_defaults(run=_warmup, parser=warmup)
+
+    bench = commands.add_parser("bench", help="time the four passes, beside memory's own speed")
+    bench.add_argument(
+        "--shape", type=_shape, default=(32, 64, 56, 56), metavar="N,C,...",
+        help="samples, channels, and what else there is (default: 32,64,56,56)",
+    )  # fmt: skip
+    dtypes, layouts = ("float32", "float64", "float16", "bfloat16"), ("nchw", "nhwc")
+    bench.add_argument(
+        "--dtype", type=_one_of(*dtypes), default="float32", metavar="D",
+        help=f"of {', '.join(dtypes)} (default: float32)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--layout", type=_one_of(*layouts), default="nchw", metavar="L",
+        help="nchw, channels first, or nhwc, channels last (default: nchw)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--threads", type=_list_of(_integer_from(1)), metavar="T,...",
+        help="numbers of threads (default: 1 and all)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--against", type=_list_of(_one_of("torch", "numpy")), default=[], metavar="P,...",
+        help="of torch, numpy (default: nobody)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--seconds", type=_seconds, default=1.5, metavar="S",
+        help="how long to measure each pass (default: 1.5)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE",
+        help="write JSON to FILE, or instead of the table",
+    )  # fmt: skip
+    bench.add_argument("--plot", metavar="PNG", help="draw rooflines and scaling over threads")
+    bench.set_defaults(run=_bench, parser=bench)
     return parser
 
 
@@ -137,6 +211,12 @@ def _warmup(arguments: argparse.Namespace) -> None:
     for group, (compiled, loaded, seconds) in tally.rows.items():
         print(f"{group}: {compiled:.0f} kernels compiled, {loaded:.0f} loaded, {seconds:.1f} s")
     print(f"kernels are ready after {time.perf_counter() - start:.1f} s")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from numbabn.bench import run
+
+    run(arguments)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

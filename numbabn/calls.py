@@ -21,6 +21,8 @@ Array = NDArray[Any]
 
 _FLOAT32: np.dtype[Any] = np.dtype(np.float32)
 _FLOAT64: np.dtype[Any] = np.dtype(np.float64)
+# Elements up to which `small_eval` is tried; the kernel has a limit of its own.
+SMALL = 1 << 17
 NOTHING: dict[np.dtype[Any], Array] = {t: np.empty(0, t) for t in (_FLOAT32, _FLOAT64)}
 
 
@@ -156,15 +158,13 @@ def check_forward(
 class Known:
     """What is remembered of inputs of one shape, strides, dtype and channel axis."""
 
-    __slots__ = ("axis", "channels_shape", "nothing", "small_eval", "view")
+    __slots__ = ("axis", "channels_shape", "nothing", "view")
 
     def __init__(self, view: View, axis: int, dtype: np.dtype[Any]):
         self.view = view
         self.axis = axis
         self.channels_shape = (view.C,)
         self.nothing = NOTHING[_FLOAT64 if dtype == _FLOAT64 else _FLOAT32]
-        plain = view.order is None and dtype.itemsize > 2
-        self.small_eval = cpu().small_eval(view, dtype.itemsize) if plain else None
 
     def takes(self, running_mean: Any, running_var: Any, weight: Any, bias: Any) -> bool:
         """Whether kernels can take these as they are."""
@@ -214,6 +214,41 @@ def known(x: Any, channel_axis: Any) -> Known | None:
     return found if found is not None and x.flags.behaved else None
 
 
+def small_eval(
+    x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, momentum: Any, eps: Any,
+    channel_axis: Any, activation: Any, out: Any,
+) -> Array | None:  # fmt: skip
+    """The result in eval mode, if x is small and all is as the kernel wants it; else None.
+
+    Types are all that is looked at here: the kernel checks the rest, in a fraction of the time.
+    """
+    array = np.ndarray
+    if not (
+        type(x) is array
+        and ((dtype := x.dtype) is _FLOAT32 or dtype is _FLOAT64)
+        and type(running_mean) is array
+        and running_mean.dtype is dtype
+        and type(running_var) is array
+        and running_var.dtype is dtype
+        and type(weight) is array
+        and weight.dtype is dtype
+        and type(bias) is array
+        and bias.dtype is dtype
+        and type(momentum) is float
+        and type(eps) is float
+        and type(channel_axis) is int
+        and (out is None or (type(out) is array and out.dtype is dtype))
+        and x.size <= SMALL
+    ):
+        return None
+    y = np.empty(x.shape, dtype) if out is None else out
+    floor = -math.inf if activation is None else 0.0
+    done = cpu().eval_small(
+        x, y, weight, bias, running_mean, running_var, momentum, eps, floor, channel_axis
+    )
+    return y if done else None
+
+
 def quick_forward(
     x: Any,
     running_mean: Any,
@@ -242,8 +277,7 @@ def quick_forward(
     if training:
         if found.view.per_channel == 1:
             return None
-        both = running_mean is not None and running_var is not None
-        if both and np.may_share_memory(running_mean, running_var):
+        if not _are_apart(running_mean, running_var):
             return None
     elif running_mean is None or running_var is None:
         return None
@@ -254,15 +288,33 @@ def quick_forward(
     return found
 
 
+def _are_apart(a: Any, b: Any) -> bool:
+    """Whether two arrays, or None, share no memory."""
+    if a is None or b is None:
+        return True
+    if a.base is None and b.base is None:  # each owns its memory
+        return a is not b
+    return not np.may_share_memory(a, b)
+
+
 def lies_apart(out: Any, x: Array, others: tuple[Any, ...], is_x: bool) -> bool:
-    """Whether `out` is laid out like x, writable, and shares memory with nothing else."""
+    """Whether `out` is laid out like x, writable, and shares memory with nothing else.
+
+    The others are arrays of channels, contiguous, or None; at most four.
+    """
     if not (
         type(out) is np.ndarray
         and out.shape == x.shape
         and out.strides == x.strides
         and out.dtype is x.dtype
         and out.flags.behaved
-        and (is_x or not np.may_share_memory(out, x))
     ):
         return False
-    return not any(other is not None and np.may_share_memory(out, other) for other in others)
+    if not (out.flags.c_contiguous and out.itemsize > 2 and x.flags.writeable):
+        return (is_x or not np.may_share_memory(out, x)) and not any(
+            other is not None and np.may_share_memory(out, other) for other in others
+        )
+    none = NOTHING[_FLOAT32]
+    arrays = [none if other is None else other for other in others]
+    arrays += [none] * (4 - len(arrays))
+    return bool(cpu().lies_apart(out.reshape(-1), x.reshape(-1), is_x, *arrays))

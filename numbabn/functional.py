@@ -21,6 +21,7 @@ from numbabn.calls import (
     laid_out,
     lies_apart,
     quick_forward,
+    small_eval,
 )
 from numbabn.layout import View
 
@@ -105,20 +106,21 @@ def _write_back(call: Call) -> None:
 
 def _forward(
     x: Array, view: View, channels: tuple[Any, ...], training: bool, momentum: float, eps: float,
-    relu: bool, residual: Array | None, out: Array | None, want_bits: bool,
-) -> tuple[Array, Array, Array, Array | None]:  # fmt: skip
-    """Run the forward pass: (y, x's memory, table, bits)."""
+    relu: bool, residual: Array | None, out: Array | None, keep: bool,
+) -> tuple[Array, Array, Array | None, Array | None]:  # fmt: skip
+    """Run the forward pass: (y, x's memory, table, bits); the latter two if to `keep`."""
     y = out if out is not None else layout.empty(view, x.shape, x.dtype)
     flat, target = layout.flatten_input(x, view), layout.flatten(y, view)
     added = None if residual is None else layout.flatten_input(residual, view)
     bits = None
-    if want_bits:
+    if keep and relu and residual is not None:
         row = view.C * view.L if view.columns else view.L
         bits = np.empty(x.size // row * -(-row // 16), np.uint16)
     if training:
         table = cpu().forward_train(flat, added, bits, target, view, *channels, momentum, eps, relu)
     else:
-        table = cpu().forward_eval(flat, added, bits, target, view, *channels, eps, relu)
+        table = cpu().eval_table(flat, *channels, eps) if keep else None
+        cpu().forward_eval(flat, added, bits, target, view, *channels, eps, relu)
     return y, flat, table, bits
 
 
@@ -195,17 +197,19 @@ def batch_norm(
     (array([ 1., 10.]), array([  1.5, 100.5]))
     """
     if residual is None and stream is None and (activation is None or activation == "relu"):
+        if not training:
+            y = small_eval(
+                x, running_mean, running_var, weight, bias, momentum, eps, channel_axis, activation,
+                out,
+            )  # fmt: skip
+            if y is not None:
+                return y
         found = quick_forward(
             x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis, out,
             True,
         )  # fmt: skip
         if found is not None:
             channels = found.channels(running_mean, running_var, weight, bias)
-            if not training and out is None and found.small_eval is not None:
-                y = np.empty(x.shape, x.dtype)
-                floor = -np.inf if activation is None else 0.0
-                found.small_eval(x.reshape(-1), y.reshape(-1), *channels, eps, floor)
-                return y
             relu = activation is not None
             return _forward(
                 x, found.view, channels, training, momentum, eps, relu, None, out, False
@@ -285,8 +289,9 @@ def batch_norm_forward(
             channels = found.channels(running_mean, running_var, weight, bias)
             relu = activation is not None
             y, flat, table, _ = _forward(
-                x, found.view, channels, training, momentum, eps, relu, None, out, False
+                x, found.view, channels, training, momentum, eps, relu, None, out, True
             )
+            assert table is not None
             return y, Saved(
                 bool(training), x.shape, found.axis, x.dtype, found.nothing.dtype, found.view,
                 flat, table, None, relu, False,
@@ -305,10 +310,11 @@ def batch_norm_forward(
     else:
         y, flat, table, bits = _forward(
             x, call.view, call.channels, training, call.momentum, call.eps, call.relu,
-            call.residual, call.out, call.relu and has_residual,
+            call.residual, call.out, True,
         )  # fmt: skip
         if training:
             _write_back(call)
+    assert table is not None
     saved = Saved(
         bool(training), x.shape, call.axis, x.dtype, param_dtype, call.view, flat, table, bits,
         call.relu, has_residual,

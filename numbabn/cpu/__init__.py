@@ -7,15 +7,18 @@ up as `schedule` says, and runs it on as many threads as pay.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from numbabn.cpu import schedule, serial
+from numbabn.cpu.channels import BACKWARD_FIELDS as BACKWARD_FIELDS
+from numbabn.cpu.channels import FORWARD_FIELDS as FORWARD_FIELDS
 from numbabn.cpu.channels import SLOPE_ROWS as SLOPE_ROWS
 from numbabn.cpu.channels import TABLE_ROWS as TABLE_ROWS
+from numbabn.cpu.small import eval_small as eval_small
+from numbabn.cpu.small import lies_apart as lies_apart
 from numbabn.layout import View
 
 Array = NDArray[Any]
@@ -36,36 +39,22 @@ def known_table(x: Array, mean: Array, invstd: Array, weight: Array, bias: Array
 def forward_eval(
     x: Array, residual: Array | None, bits: Array | None, out: Array, view: View, weight: Array,
     bias: Array, running_mean: Array, running_var: Array, eps: float, relu: bool,
-) -> Array:  # fmt: skip
-    """Normalize with the running statistics; returns the table."""
-    table = np.empty((TABLE_ROWS, view.C))
-    channels = (weight, bias, running_mean, running_var, eps, table)
+) -> None:  # fmt: skip
+    """Normalize with the running statistics."""
+    channels = (weight, bias, running_mean, running_var, eps, _NO_TABLE)
     _normalize(x, residual, bits, out, view, channels, relu)
-    return table
 
 
 _NO_TABLE = np.empty((0, 0))
 
 
-def small_eval(view: View, itemsize: int) -> Callable[..., Any] | None:
-    """`forward_eval` of arrays so small that calling is what costs, with nothing left to choose.
-
-    Takes x, out, weight, bias, running_mean, running_var, eps and floor; returns no table.
-    """
-    size = view.N * view.C * view.L
-    if size >= schedule.PARALLEL_FROM["omp"]:
-        return None
-    plan = schedule.plan(view, itemsize, 1)
-    sizes, items = plan.element_sizes, plan.element_items
-    kernel = getattr(serial, "normalize_" + plan.name)
-
-    def call(x, out, weight, bias, running_mean, running_var, eps, floor):
-        kernel(
-            x, None, None, out, *sizes, weight, bias, running_mean, running_var, eps, _NO_TABLE,
-            floor, False, 0, items,
-        )  # fmt: skip
-
-    return call
+def eval_table(
+    x: Array, weight: Array, bias: Array, running_mean: Array, running_var: Array, eps: float
+) -> Array:
+    """The table for the running statistics, which the backward pass needs."""
+    table = np.empty((TABLE_ROWS, running_mean.size))
+    serial.finish_eval(x, weight, bias, running_mean, running_var, eps, table)
+    return table
 
 
 def normalize(
@@ -93,10 +82,10 @@ def _normalize(
 
 
 def batch_stats(x: Array, view: View) -> Array:
-    """Sums of all chunks, shape ``(C, chunks, 4)``."""
+    """Sums of all chunks, shape ``(chunks, 4, C)``."""
     threads = schedule.threads_for(x.size)
     plan = schedule.plan(view, x.itemsize, threads)
-    partials = np.empty((view.C, plan.chunks, 4))
+    partials = np.empty((plan.chunks, FORWARD_FIELDS, view.C))
     schedule.run(
         "stats_" + plan.name, threads, plan.chunk_items, x, *plan.chunk_sizes, partials
     )  # fmt: skip
@@ -118,8 +107,7 @@ def forward_train(
     """Normalize with the batch's own statistics; returns the table."""
     table = np.empty((TABLE_ROWS, view.C))
     channels = (weight, bias, running_mean, running_var, momentum, eps, table)
-    threads = schedule.threads_for(x.size)
-    plan = schedule.plan(view, x.itemsize, threads)
+    threads, plan = schedule.training_plan(view, x.itemsize, x.size)
     if not plan.forward_by_channel:
         serial.finish_stats(x, batch_stats(x, view), *channels)
         normalize(x, residual, bits, out, view, table, relu)
@@ -139,7 +127,7 @@ def _backward_partials(
 ) -> Array:  # fmt: skip
     threads = schedule.threads_for(x.size)
     plan = schedule.plan(view, x.itemsize, threads)
-    partials = np.empty((view.C, plan.chunks, 3))
+    partials = np.empty((plan.chunks, BACKWARD_FIELDS, view.C))
     written = [array for array in (grad_input, grad_residual) if array is not None]
     streaming = bool(written) and schedule.streams(view, x.nbytes, True, *written)
     schedule.run(
@@ -189,8 +177,7 @@ def backward_train(
     """Training's input gradient and ``sums = (dbias, dweight)``, shape (2, C)."""
     arrays = (grad_output, x, bits, grad_input, grad_residual)
     sums, slopes = np.empty((2, view.C), dtype), np.empty((SLOPE_ROWS, view.C))
-    threads = schedule.threads_for(x.size)
-    plan = schedule.plan(view, x.itemsize, threads)
+    threads, plan = schedule.training_plan(view, x.itemsize, x.size)
     if not plan.backward_by_channel:
         partials = _backward_partials(grad_output, x, bits, None, None, view, table, relu)
         serial.finish_sums(x, partials, table, sums, slopes)

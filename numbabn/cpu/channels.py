@@ -1,7 +1,7 @@
 """What happens once per channel: from sums to the few numbers that the big loops need.
 
-Everything here is scalar float64; `x` is a pointer, and only its type matters. `table` holds
-five numbers per channel, shape ``(5, C)``:
+Sixteen channels at a time, in float64 lanes; `x` is a pointer, and only its type matters. `table`
+holds five numbers per channel, shape ``(5, C)``:
 
 ========== ===========================================================================
 MEAN       the mean, rounded to the type that the kernels compute with
@@ -14,10 +14,11 @@ SHIFT      b = bias - weight * REST, so that y = (x - MEAN) * a + b
 `slopes` holds three more for the training mode's input gradient, shape ``(3, C)``:
 ``dx = SCALE * ((dy - GRAD_MEAN) + ((x - MEAN) * SLOPE + OFFSET))``.
 
-`partials` holds what each chunk of a channel summed to. In the forward pass its shape is
-``(C, chunks, 4)``: count, center, sum of ``x - center``, and squared deviations from the chunk's
-mean. In the backward pass it is ``(C, chunks, 3)``: count, ``sum(dy)`` and ``sum(dy * xhat)``,
-the latter not yet times INVSTD unless x is float64 (see `gradients`).
+`partials` holds what each chunk of each channel summed to, channels next to each other so that
+they load as vectors. In the forward pass its shape is ``(chunks, 4, channels)``: count, center,
+sum of ``x - center``, and squared deviations from the chunk's mean. In the backward pass it is
+``(chunks, 3, channels)``: count, ``sum(dy)`` and ``sum(dy * xhat)``, the latter not yet times
+INVSTD unless x is float64 (see `gradients`). `Partials` points at it, or at part of it.
 
 Functions take pointers, `memory.pointer`: arrays would cost atomic reference counting per channel.
 """
@@ -26,9 +27,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numbabn.cpu.memory import pointer
+from numbabn.cpu.memory import load_upto, offset, pointer, put
 from numbabn.cpu.options import function, inline
-from numbabn.cpu.vector import is_double, round_like
+from numbabn.cpu.vector import (
+    LANES,
+    fma,
+    is_double,
+    narrow_like,
+    root,
+    splat64,
+    where_finite,
+    where_infinite,
+    where_larger,
+    where_nan,
+    widen,
+)
 
 MEAN, REST, INVSTD, SCALE, SHIFT = range(5)
 TABLE_ROWS = 5
@@ -37,13 +50,36 @@ SLOPE_ROWS = 3
 
 
 COUNT, CENTER, SUM, M2 = range(4)
+FORWARD_FIELDS = 4
 SUM_DY, SUM_DY_XHAT = 1, 2
+BACKWARD_FIELDS = 3
+
+
+class Partials(NamedTuple):
+    """Number ``numbers[(k * fields + field) * space + c]`` belongs to chunk k of channel c."""
+
+    numbers: Any
+    fields: int
+    space: int
+    chunks: int
+
+
+@inline
+def partial_of(partials, k, field):
+    """Pointer to one number for each channel."""
+    return offset(partials.numbers, (k * partials.fields + field) * partials.space)
+
+
+@inline
+def partial_at(partials, k, field, c, count):
+    """`count` channels' numbers, the first being c; 1 in the other lanes."""
+    return load_upto(partial_of(partials, k, field), c, count, splat64(1.0))
 
 
 class Channels(NamedTuple):
-    """Pointers to arrays of channels, and which of them were given."""
+    """Pointers to arrays of channels, and which of them were given; `table` has so many columns."""
 
-    C: int
+    columns: int
     weight: Any
     bias: Any
     running_mean: Any
@@ -77,145 +113,193 @@ def channels_of(weight, bias, running_mean, running_var, momentum, eps, table):
 
 
 @inline
+def read(numbers, c, count):
+    """`count` channels' numbers as float64, the first being c; 1 in the other lanes."""
+    return widen(load_upto(numbers, c, count, narrow_like(numbers, splat64(1.0))))
+
+
+@inline
+def write(numbers, c, count, value):
+    """Store `count` lanes of a float64 vector in the type of `numbers`."""
+    put(numbers, c, count, narrow_like(numbers, value), False)
+
+
+@inline
 def add_compensated(total, lost, value):
     """A new total, and all that was lost to rounding so far (Neumaier 1974)."""
     new = total + value
-    if abs(total) >= abs(value):
-        return new, lost + ((total - new) + value)
-    return new, lost + ((value - new) + total)
+    return new, lost + where_larger(total, value, (total - new) + value, (value - new) + total)
 
 
 @inline
 def close_sum(total, lost):
-    return total if np.isnan(lost) else total + lost  # lost is NaN once total is infinite
+    return where_nan(lost, total, total + lost)  # lost is NaN once total is infinite
 
 
 @inline
 def finite(correction):
     """A small correction, or nothing where infinity or NaN make it meaningless."""
-    return correction if np.isfinite(correction) else 0.0
+    return where_finite(correction, correction, splat64(0.0))
 
 
 @function
-def merge_chunks(x, partials, chunks):
-    """Count, center, sum of ``x - center``, and m2 of a channel, from its chunks in order.
+def merge_chunks(x, partials, c, lanes):
+    """Count, center, sum of ``x - center``, and m2 of `lanes` channels, from their chunks in order.
 
     The pooled form of Chan, Golub & LeVeque (1979): first the common mean, then
     ``m2 = sum(m2_k + n_k * (mean_k - mean)**2)``, whose terms are all positive.
     """
-    center = partials[CENTER]
-    if chunks == 1:
-        return partials[COUNT], center, partials[SUM], partials[M2]
-    count = total = lost = 0.0
+    center = partial_at(partials, 0, CENTER, c, lanes)
+    if partials.chunks == 1:
+        return (
+            partial_at(partials, 0, COUNT, c, lanes),
+            center,
+            partial_at(partials, 0, SUM, c, lanes),
+            partial_at(partials, 0, M2, c, lanes),
+        )
+    zero = splat64(0.0)
+    count, total, m2 = zero, zero, zero
     if not is_double(x):  # all have one center, and float64 has precision to spare
-        for k in range(chunks):
-            count += partials[4 * k + COUNT]
-            total += partials[4 * k + SUM]
-        mean, m2 = total / count, 0.0
-        n, per_value = 0.0, 0.0
-        for k in range(chunks):
-            if n != partials[4 * k + COUNT]:
-                n = partials[4 * k + COUNT]
-                per_value = 1.0 / n
-            apart = partials[4 * k + SUM] * per_value - mean
-            m2 += partials[4 * k + M2] + n * apart * apart
+        for k in range(partials.chunks):
+            count = count + partial_at(partials, k, COUNT, c, lanes)
+            total = total + partial_at(partials, k, SUM, c, lanes)
+        mean = total / count
+        for k in range(partials.chunks):
+            n = partial_of(partials, k, COUNT)[c]  # the same for all channels
+            apart = fma(partial_at(partials, k, SUM, c, lanes), splat64(1.0 / n), zero - mean)
+            m2 = m2 + fma(splat64(n) * apart, apart, partial_at(partials, k, M2, c, lanes))
         return count, center, total, m2
-    for k in range(chunks):
-        n = partials[4 * k + COUNT]
-        count += n
-        apart = (partials[4 * k + CENTER] - center) * n
+    lost = zero
+    for k in range(partials.chunks):
+        n = partial_at(partials, k, COUNT, c, lanes)
+        count = count + n
+        apart = (partial_at(partials, k, CENTER, c, lanes) - center) * n
         total, lost = add_compensated(total, lost, apart)
-        total, lost = add_compensated(total, lost, partials[4 * k + SUM])
+        total, lost = add_compensated(total, lost, partial_at(partials, k, SUM, c, lanes))
     total = close_sum(total, lost)
     mean = total / count
-    m2 = lost = 0.0
-    for k in range(chunks):
-        n = partials[4 * k + COUNT]
-        apart = (partials[4 * k + CENTER] - center) + partials[4 * k + SUM] / n - mean
-        m2, lost = add_compensated(m2, lost, partials[4 * k + M2] + n * apart * apart)
+    lost = zero
+    for k in range(partials.chunks):
+        n = partial_at(partials, k, COUNT, c, lanes)
+        apart = partial_at(partials, k, CENTER, c, lanes) - center
+        apart = apart + partial_at(partials, k, SUM, c, lanes) / n - mean
+        m2, lost = add_compensated(
+            m2, lost, fma(n * apart, apart, partial_at(partials, k, M2, c, lanes))
+        )
     return count, center, total, close_sum(m2, lost)
 
 
 @inline
-def fill_column(channels, c, mean, rest, invstd):
-    """Write channel c's column of the table."""
-    gamma = np.float64(channels.weight[c]) if channels.has_weight else 1.0
-    beta = np.float64(channels.bias[c]) if channels.has_bias else 0.0
-    C, table = channels.C, channels.table
-    table[MEAN * C + c] = mean
-    table[REST * C + c] = rest
-    table[INVSTD * C + c] = invstd
-    table[SCALE * C + c] = gamma * invstd
-    table[SHIFT * C + c] = beta - finite(gamma * rest)
+def fill_columns(channels, c, lanes, at, mean, rest, invstd):
+    """Write what is known of channels c:c+lanes into the table's columns from `at` on."""
+    gamma = read(channels.weight, c, lanes) if channels.has_weight else splat64(1.0)
+    beta = read(channels.bias, c, lanes) if channels.has_bias else splat64(0.0)
+    C, table = channels.columns, channels.table
+    write(table, MEAN * C + at, lanes, mean)
+    write(table, REST * C + at, lanes, rest)
+    write(table, INVSTD * C + at, lanes, invstd)
+    write(table, SCALE * C + at, lanes, gamma * invstd)
+    write(table, SHIFT * C + at, lanes, beta - finite(gamma * rest))
 
 
 @inline
 def round_mean(x, mean):
     """The mean in the type that kernels compute with, and what that leaves out."""
-    rounded = np.float64(round_like(x, mean))
+    rounded = widen(narrow_like(x, mean))
     return rounded, finite(mean - rounded)
 
 
 @inline
-def finish_given(x, mean, invstd, channels, c):
-    """Fill channel c's column of the table from a mean and invstd that are known."""
+def finish_given(x, mean, invstd, channels, c, lanes, at):
+    """Fill `lanes` columns of the table, from `at` on, for channels with known mean and invstd."""
     rounded, low = round_mean(x, mean)
-    fill_column(channels, c, rounded, finite(low * invstd), invstd)
+    fill_columns(channels, c, lanes, at, rounded, finite(low * invstd), invstd)
 
 
 @function
-def finish_training(x, partials, chunks, channels, c):
-    """Merge a channel's chunks, update its running statistics, fill its column of the table."""
-    count, center, total, m2 = merge_chunks(x, partials, chunks)
-    mean = center + total / count
-    momentum = channels.momentum
-    if channels.has_mean:
-        old = (1.0 - momentum) * channels.running_mean[c]
-        channels.running_mean[c] = old + momentum * mean
-    if channels.has_var:
-        old = (1.0 - momentum) * channels.running_var[c]
-        channels.running_var[c] = old + momentum * (m2 / (count - 1.0))
-    invstd = 1.0 / np.sqrt(m2 / count + channels.eps)
-    rounded, _ = round_mean(x, mean)
-    # sum(x - rounded), so that nothing underflows even if all of x is subnormal.
-    left = total - (rounded - center) * count
-    fill_column(channels, c, rounded, finite(left * invstd / count), invstd)
-
-
-@function
-def finish_backward(x, partials, chunks, C, c, table, sums, slopes):
-    """From a channel's chunks to ``sums[:, c] = (dbias, dweight)`` and its `slopes`.
-
-    With x̂ = (x - mean) * r and a = weight * r, Ioffe & Szegedy (2015) have
-    ``dx = a * (dy - mean(dy) - x̂ * mean(dy * x̂))``.
-    """
-    count = sum_dy = sum_dy_xhat = lost_dy = lost_dy_xhat = 0.0
-    for k in range(chunks):
-        count += partials[3 * k + COUNT]
-        if not is_double(x):
-            sum_dy += partials[3 * k + SUM_DY]
-            sum_dy_xhat += partials[3 * k + SUM_DY_XHAT]
-            continue
-        sum_dy, lost_dy = add_compensated(sum_dy, lost_dy, partials[3 * k + SUM_DY])
-        sum_dy_xhat, lost_dy_xhat = add_compensated(
-            sum_dy_xhat, lost_dy_xhat, partials[3 * k + SUM_DY_XHAT]
-        )
-    sum_dy, sum_dy_xhat = close_sum(sum_dy, lost_dy), close_sum(sum_dy_xhat, lost_dy_xhat)
-    invstd, rest = table[INVSTD * C + c], table[REST * C + c]
-    if not is_double(x):
-        sum_dy_xhat *= invstd
-        if np.isinf(invstd) and count > 1.0:
-            sum_dy_xhat = np.nan  # xhat is infinite, and of either sign
-    sum_dy_xhat -= finite(rest * sum_dy)
-    sums[c] = sum_dy
-    sums[C + c] = sum_dy_xhat
-    fill_slopes(x, C, c, sum_dy / count, sum_dy_xhat / count, table, slopes)
+def finish_running(x, channels, c, lanes, at):
+    """Fill `lanes` columns of the table, from `at` on, from the running statistics."""
+    invstd = inverse_root(read(channels.running_var, c, lanes) + splat64(channels.eps))
+    finish_given(x, read(channels.running_mean, c, lanes), invstd, channels, c, lanes, at)
 
 
 @inline
-def fill_slopes(x, C, c, mean_dy, mean_dy_xhat, table, slopes):
-    """Write channel c's column of `slopes`."""
+def inverse_root(value):
+    return splat64(1.0) / root(value)
+
+
+@inline
+def update(running, c, lanes, momentum, new):
+    """Move `lanes` running statistics towards the batch's."""
+    old = read(running, c, lanes) * splat64(1.0 - momentum)
+    write(running, c, lanes, old + splat64(momentum) * new)
+
+
+@function
+def finish_training(x, partials, channels, first, c, lanes):
+    """Merge the chunks of up to 16 channels, c:c+lanes, whose partials begin at `first`.
+
+    Updates their running statistics, and fills their columns of the table.
+    """
+    count, center, total, m2 = merge_chunks(x, partials, first, lanes)
+    # Divisions and roots are most of what is done here, and the count is the same in all lanes.
+    per_value = splat64(1.0) / count
+    mean = fma(total, per_value, center)
+    if channels.has_mean:
+        update(channels.running_mean, c, lanes, channels.momentum, mean)
+    if channels.has_var:
+        update(channels.running_var, c, lanes, channels.momentum, m2 / (count - splat64(1.0)))
+    invstd = inverse_root(fma(m2, per_value, splat64(channels.eps)))
+    rounded, _ = round_mean(x, mean)
+    # sum(x - rounded), so that nothing underflows even if all of x is subnormal.
+    left = total - (rounded - center) * count
+    fill_columns(channels, c, lanes, c, rounded, finite(left * invstd * per_value), invstd)
+
+
+@function
+def finish_backward(x, partials, C, first, c, lanes, table, sums, slopes):
+    """From the chunks of up to 16 channels, whose partials begin at `first`, to their results.
+
+    These are ``sums[:, c] = (dbias, dweight)`` and the columns of `slopes`. With
+    x̂ = (x - mean) * r and a = weight * r, Ioffe & Szegedy (2015) have
+    ``dx = a * (dy - mean(dy) - x̂ * mean(dy * x̂))``.
+    """
+    zero = splat64(0.0)
+    count, sum_dy, sum_dy_xhat, lost_dy, lost_dy_xhat = zero, zero, zero, zero, zero
+    for k in range(partials.chunks):
+        count = count + partial_at(partials, k, COUNT, first, lanes)
+        chunk_dy = partial_at(partials, k, SUM_DY, first, lanes)
+        chunk_dy_xhat = partial_at(partials, k, SUM_DY_XHAT, first, lanes)
+        if is_double(x):
+            sum_dy, lost_dy = add_compensated(sum_dy, lost_dy, chunk_dy)
+            sum_dy_xhat, lost_dy_xhat = add_compensated(sum_dy_xhat, lost_dy_xhat, chunk_dy_xhat)
+        else:
+            sum_dy = sum_dy + chunk_dy
+            sum_dy_xhat = sum_dy_xhat + chunk_dy_xhat
+    sum_dy, sum_dy_xhat = close_sum(sum_dy, lost_dy), close_sum(sum_dy_xhat, lost_dy_xhat)
+    invstd, rest = read(table, INVSTD * C + c, lanes), read(table, REST * C + c, lanes)
+    if not is_double(x):
+        sum_dy_xhat = sum_dy_xhat * invstd
+        several = where_larger(count, splat64(2.0), splat64(np.nan), sum_dy_xhat)
+        # xhat is infinite, and of either sign
+        sum_dy_xhat = where_infinite(invstd, several, sum_dy_xhat)
+    sum_dy_xhat = sum_dy_xhat - finite(rest * sum_dy)
+    write(sums, c, lanes, sum_dy)
+    write(sums, C + c, lanes, sum_dy_xhat)
+    fill_slopes(x, C, c, lanes, sum_dy / count, sum_dy_xhat / count, table, slopes)
+
+
+@inline
+def fill_slopes(x, C, c, lanes, mean_dy, mean_dy_xhat, table, slopes):
+    """Write the columns of channels c:c+lanes of `slopes`."""
     rounded, low = round_mean(x, mean_dy)
-    slopes[GRAD_MEAN * C + c] = rounded
-    slopes[SLOPE * C + c] = -mean_dy_xhat * table[INVSTD * C + c]
-    slopes[OFFSET * C + c] = finite(mean_dy_xhat * table[REST * C + c]) - low
+    invstd, rest = read(table, INVSTD * C + c, lanes), read(table, REST * C + c, lanes)
+    write(slopes, GRAD_MEAN * C + c, lanes, rounded)
+    write(slopes, SLOPE * C + c, lanes, (splat64(0.0) - mean_dy_xhat) * invstd)
+    write(slopes, OFFSET * C + c, lanes, finite(mean_dy_xhat * rest) - low)
+
+
+@inline
+def lanes_at(c, stop):
+    """How many of channels c:stop make the next vector."""
+    return min(LANES, stop - c)

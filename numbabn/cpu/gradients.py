@@ -14,11 +14,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numbabn.cpu.channels import COUNT, GRAD_MEAN, OFFSET, SLOPE, SUM_DY, SUM_DY_XHAT
-from numbabn.cpu.memory import load, load_upto, offset, prefetch, put, store
-from numbabn.cpu.normalization import affine_at, head_of
+from numbabn.cpu.channels import (
+    COUNT,
+    GRAD_MEAN,
+    OFFSET,
+    SLOPE,
+    SUM_DY,
+    SUM_DY_XHAT,
+    lanes_at,
+    partial_of,
+)
+from numbabn.cpu.memory import load, load_first, offset, put, store
+from numbabn.cpu.normalization import affine_at, ask_ahead, end_with_whole, head_of
 from numbabn.cpu.options import function, inline
-from numbabn.cpu.reductions import fold, spread
+from numbabn.cpu.reductions import fold_all, spread
 from numbabn.cpu.vector import (
     LANES,
     fma,
@@ -36,7 +45,7 @@ class Backward(NamedTuple):
     """Pointers to what the backward pass reads and writes; the last three may be None.
 
     Each vector of x and grad_output is read together with a hint that those `ahead` elements on
-    will be.
+    will be, unless that is None.
     """
 
     grad_output: Any
@@ -56,10 +65,20 @@ class Slopes(NamedTuple):
 
 
 @inline
-def gradient_before_relu(io, i, bit, count, xmu, affine, relu):
-    """`count` lanes of g, zero in the rest."""
-    g = load_upto(io.grad_output, i, count, splat_like(io.grad_output, 0.0))
-    return cut_off(io.bits, g, bit, xmu, affine, relu)
+def read_pair(io, i, bit, affine, relu):
+    """16 lanes of g and of x - mean."""
+    ask_ahead(io.x, i, io.ahead)
+    ask_ahead(io.grad_output, i, io.ahead)
+    xmu = load(io.x, i) - affine.mean
+    return cut_off(io.bits, load(io.grad_output, i), bit, xmu, affine, relu), xmu
+
+
+@inline
+def read_part(io, i, bit, count, affine, relu):
+    """`count` lanes of g and of x - mean, zero in the rest."""
+    xmu = load_first(io.x, i, count, affine.mean) - affine.mean
+    g = load_first(io.grad_output, i, count, splat_like(io.grad_output, 0.0))
+    return cut_off(io.bits, g, bit, xmu, affine, relu), xmu
 
 
 @inline
@@ -72,31 +91,45 @@ def cut_off(bits, g, bit, xmu, affine, relu):
 
 
 @inline
-def sum_vector(io, i, bit, count, affine, relu, streaming):
-    """`count` lanes of g and of (x - mean) * unit; stores what eval mode knows already."""
-    if io.ahead:
-        prefetch(io.x, i + io.ahead)
-        prefetch(io.grad_output, i + io.ahead)
-    xmu = load_upto(io.x, i, count, affine.mean) - affine.mean
-    g = gradient_before_relu(io, i, bit, count, xmu, affine, relu)
+def put_eval(io, i, count, g, affine, streaming):
+    """Store `count` lanes of what eval mode knows already."""
     put(io.grad_residual, i, count, g, streaming)
     put(io.grad_input, i, count, g * affine.scale, streaming)
+
+
+@inline
+def to_sum(io, g, xmu, affine):
+    """The two factors that are summed, in float64."""
     if is_double(io.x):
         return widen(g), widen(xmu) * affine.unit
     return widen(g), widen(xmu)
 
 
+@function
+def sum_part(io, i, bit, count, affine, relu):
+    """Fewer than 16 lanes, the end of a row: stored for eval mode, and the factors to sum."""
+    g, xmu = read_part(io, i, bit, count, affine, relu)
+    put_eval(io, i, count, g, affine, False)
+    return to_sum(io, g, xmu, affine)
+
+
 @inline
-def element_vector(io, i, bit, count, affine, slopes, relu, streaming):
-    """Store `count` lanes of the training mode's input gradient."""
-    if io.ahead:
-        prefetch(io.x, i + io.ahead)
-        prefetch(io.grad_output, i + io.ahead)
-    xmu = load_upto(io.x, i, count, affine.mean) - affine.mean
-    g = gradient_before_relu(io, i, bit, count, xmu, affine, relu)
+def train_gradient(g, xmu, affine, slopes):
+    """16 lanes of training's input gradient."""
+    return ((g - slopes.grad_mean) + fma(xmu, slopes.slope, slopes.offset)) * affine.scale
+
+
+@inline
+def put_train(io, i, count, g, xmu, affine, slopes, streaming):
     put(io.grad_residual, i, count, g, streaming)
-    dx = ((g - slopes.grad_mean) + fma(xmu, slopes.slope, slopes.offset)) * affine.scale
-    put(io.grad_input, i, count, dx, streaming)
+    put(io.grad_input, i, count, train_gradient(g, xmu, affine, slopes), streaming)
+
+
+@function
+def element_part(io, i, bit, count, affine, slopes, relu):
+    """Fewer than 16 lanes of training's gradients."""
+    g, xmu = read_part(io, i, bit, count, affine, relu)
+    put_train(io, i, count, g, xmu, affine, slopes, False)
 
 
 # --- planes ---------------------------------------------------------------------------------
@@ -114,30 +147,27 @@ def plane_grad_sums(io, C, L, c, n0, n1, l0, l1, affine, relu, streaming):
         end = i + l1 - l0
         bit = row * row_bits + l0 // LANES
         while i + LANES <= end:
-            g, xmu = sum_vector(io, i, bit, LANES, affine, relu, streaming)
-            total = total + g
-            products = fma(g, xmu, products)
+            g, xmu = read_pair(io, i, bit, affine, relu)
+            put_eval(io, i, LANES, g, affine, streaming)
+            left, right = to_sum(io, g, xmu, affine)
+            total = total + left
+            products = fma(left, right, products)
             i += LANES
             bit += 1
         if i < end:
-            g, xmu = sum_vector(io, i, bit, end - i, affine, relu, False)
-            total = total + g
-            products = fma(g, xmu, products)
+            left, right = sum_part(io, i, bit, end - i, affine, relu)
+            total = total + left
+            products = fma(left, right, products)
     return sum_lanes(total), sum_lanes(products)
 
 
-@function
-def plane_grad_chunk(io, N, C, L, rows, segment, c, k, affine, relu, streaming, chunk):
-    """Sums of chunk k of channel c, into `chunk`."""
-    across = (L + segment - 1) // segment
-    n0 = (k // across) * rows
-    n1 = min(N, n0 + rows)
-    l0 = (k % across) * segment
-    l1 = min(L, l0 + segment)
+@inline
+def plane_grad_chunk(io, C, L, c, k, n0, n1, l0, l1, affine, relu, streaming, partials, at):
+    """Sums of a chunk of channel c, its k-th, into place `at` of `partials`."""
     total, products = plane_grad_sums(io, C, L, c, n0, n1, l0, l1, affine, relu, streaming)
-    chunk[COUNT] = np.float64((n1 - n0) * (l1 - l0))
-    chunk[SUM_DY] = total
-    chunk[SUM_DY_XHAT] = products
+    partial_of(partials, k, COUNT)[at] = np.float64((n1 - n0) * (l1 - l0))
+    partial_of(partials, k, SUM_DY)[at] = total
+    partial_of(partials, k, SUM_DY_XHAT)[at] = products
 
 
 @inline
@@ -153,16 +183,24 @@ def slopes_of(x, slopes, C, c):
 @function
 def plane_elements(io, i, end, bit, affine, slopes, relu, streaming):
     """Training's input gradient of elements i:end, all of one channel."""
+    overlap = end_with_whole(io.bits, end - i)
+    g_last, xmu_last = affine.mean, affine.mean
+    if overlap:
+        g_last, xmu_last = read_pair(io, end - LANES, bit, affine, relu)
     head = head_of(io.grad_input, io.bits, i, end, streaming)
     if head > 0:
-        element_vector(io, i, bit, head, affine, slopes, relu, False)
+        element_part(io, i, bit, head, affine, slopes, relu)
         i += head
     while i + LANES <= end:
-        element_vector(io, i, bit, LANES, affine, slopes, relu, streaming)
+        g, xmu = read_pair(io, i, bit, affine, relu)
+        put_train(io, i, LANES, g, xmu, affine, slopes, streaming)
         i += LANES
         bit += 1
     if i < end:
-        element_vector(io, i, bit, end - i, affine, slopes, relu, False)
+        if overlap:
+            put_train(io, end - LANES, LANES, g_last, xmu_last, affine, slopes, False)
+        else:
+            element_part(io, i, bit, end - i, affine, slopes, relu)
 
 
 # --- columns --------------------------------------------------------------------------------
@@ -183,24 +221,61 @@ def slopes_at(columns, j):
 
 
 @inline
-def add_gradients(io, i, bit, count, affine, relu, streaming, j, sums, products):
-    """Add one row to the running sums of columns j:j+16."""
-    g, xmu = sum_vector(io, i, bit, count, affine, relu, streaming)
-    store(sums, j, load(sums, j) + g)
-    store(products, j, fma(g, xmu, load(products, j)))
+def add_to(sums, products, j, total, product):
+    """Add to the running sums of columns j:j+16."""
+    store(sums, j, load(sums, j) + total)
+    store(products, j, load(products, j) + product)
 
 
-@inline
-def add_four_gradients(io, i, K, bit, row_bits, count, affine, relu, streaming, j, sums, products):
-    """Add four rows, the first at x[i], to the running sums of columns j:j+16."""
-    g0, xmu0 = sum_vector(io, i, bit, count, affine, relu, streaming)
-    g1, xmu1 = sum_vector(io, i + K, bit + row_bits, count, affine, relu, streaming)
-    g2, xmu2 = sum_vector(io, i + 2 * K, bit + 2 * row_bits, count, affine, relu, streaming)
-    g3, xmu3 = sum_vector(io, i + 3 * K, bit + 3 * row_bits, count, affine, relu, streaming)
-    store(sums, j, load(sums, j) + ((g0 + g1) + (g2 + g3)))
-    even = fma(g2, xmu2, g0 * xmu0)
-    odd = fma(g3, xmu3, g1 * xmu1)
-    store(products, j, load(products, j) + (even + odd))
+@function
+def add_row(io, i, bit, width, columns, relu, streaming, sums, products):
+    """Add one row, which begins at x[i], to the running sums; stores what eval mode knows."""
+    j = 0
+    while j + LANES <= width:
+        affine = affine_at(columns, j)
+        g, xmu = read_pair(io, i + j, bit, affine, relu)
+        put_eval(io, i + j, LANES, g, affine, streaming)
+        g, xmu = to_sum(io, g, xmu, affine)
+        add_to(sums, products, j, g, g * xmu)
+        j += LANES
+        bit += 1
+    if j < width:
+        g, xmu = sum_part(io, i + j, bit, width - j, affine_at(columns, j), relu)
+        add_to(sums, products, j, g, g * xmu)
+
+
+@function
+def add_four_rows(io, i, K, bit, row_bits, width, columns, relu, streaming, sums, products):
+    """The same for four rows, so that the running sums of whole vectors are touched once for all.
+
+    All are loaded before anything is stored: rows are often multiples of 4 KiB apart, and
+    processors compare the last 12 bits of an address first.
+    """
+    j = 0
+    while j + LANES <= width:
+        affine = affine_at(columns, j)
+        g0, x0 = read_pair(io, i + j, bit, affine, relu)
+        g1, x1 = read_pair(io, i + j + K, bit + row_bits, affine, relu)
+        g2, x2 = read_pair(io, i + j + 2 * K, bit + 2 * row_bits, affine, relu)
+        g3, x3 = read_pair(io, i + j + 3 * K, bit + 3 * row_bits, affine, relu)
+        put_eval(io, i + j, LANES, g0, affine, streaming)
+        put_eval(io, i + j + K, LANES, g1, affine, streaming)
+        put_eval(io, i + j + 2 * K, LANES, g2, affine, streaming)
+        put_eval(io, i + j + 3 * K, LANES, g3, affine, streaming)
+        d0, e0 = to_sum(io, g0, x0, affine)
+        d1, e1 = to_sum(io, g1, x1, affine)
+        d2, e2 = to_sum(io, g2, x2, affine)
+        d3, e3 = to_sum(io, g3, x3, affine)
+        even, odd = fma(d2, e2, d0 * e0), fma(d3, e3, d1 * e1)
+        add_to(sums, products, j, (d0 + d1) + (d2 + d3), even + odd)
+        j += LANES
+        bit += 1
+    if j < width:
+        affine = affine_at(columns, j)
+        for row in range(4):
+            at = bit + row * row_bits
+            g, xmu = sum_part(io, i + j + row * K, at, width - j, affine, relu)
+            add_to(sums, products, j, g, g * xmu)
 
 
 @function
@@ -210,107 +285,53 @@ def column_grad_sums(io, K, m0, m1, k0, width, columns, relu, streaming, sums, p
     for j in range(0, width, LANES):
         store(sums, j, splat64(0.0))
         store(products, j, splat64(0.0))
-    whole = width - width % LANES
     m = m0
-    while m + 4 <= m1:
-        i = m * K + k0
-        bit = m * row_bits + k0 // LANES
-        for j in range(0, whole, LANES):
-            add_four_gradients(
-                io, i + j, K, bit, row_bits, LANES, affine_at(columns, j), relu, streaming,
-                j, sums, products,
-            )  # fmt: skip
-            bit += 1
-        if whole < width:
-            add_four_gradients(
-                io, i + whole, K, bit, row_bits, width - whole, affine_at(columns, whole), relu,
-                False, whole, sums, products,
-            )  # fmt: skip
-        m += 4
     while m < m1:
         i = m * K + k0
         bit = m * row_bits + k0 // LANES
-        for j in range(0, whole, LANES):
-            add_gradients(
-                io,
-                i + j,
-                bit,
-                LANES,
-                affine_at(columns, j),
-                relu,
-                streaming,
-                j,
-                sums,
-                products,
-            )
-            bit += 1
-        if whole < width:
-            add_gradients(
-                io, i + whole, bit, width - whole, affine_at(columns, whole), relu, False,
-                whole, sums, products,
-            )  # fmt: skip
-        m += 1
+        if m + 4 <= m1:
+            add_four_rows(io, i, K, bit, row_bits, width, columns, relu, streaming, sums, products)
+            m += 4
+        else:
+            add_row(io, i, bit, width, columns, relu, streaming, sums, products)
+            m += 1
 
 
 @function
 def column_grad_chunk(
-    io, C, L, k, m0, m1, c0, c1, columns, relu, streaming, work, space, partials, chunks
+    io, C, L, k, m0, m1, c0, c1, columns, relu, streaming, work, space, partials, at
 ):
-    """Sums of rows m0:m1 of channels c0:c1, into chunk k of each, the first at `partials`."""
+    """Sums of rows m0:m1 of channels c0:c1, into chunk k of `partials`, from place `at` on."""
     sums, products = work, offset(work, space)
     column_grad_sums(
         io, C * L, m0, m1, c0 * L, (c1 - c0) * L, columns, relu, streaming, sums, products
     )
-    for c in range(c1 - c0):
-        chunk = offset(partials, (c * chunks + k) * 3)
-        chunk[COUNT] = np.float64((m1 - m0) * L)
-        chunk[SUM_DY] = fold(sums, c, L)
-        chunk[SUM_DY_XHAT] = fold(products, c, L)
-
-
-@inline
-def four_elements(io, i, K, bit, row_bits, count, affine, slopes, relu, streaming):
-    """Four rows, so that what is known of the columns is loaded once."""
-    element_vector(io, i, bit, count, affine, slopes, relu, streaming)
-    element_vector(io, i + K, bit + row_bits, count, affine, slopes, relu, streaming)
-    element_vector(io, i + 2 * K, bit + 2 * row_bits, count, affine, slopes, relu, streaming)
-    element_vector(io, i + 3 * K, bit + 3 * row_bits, count, affine, slopes, relu, streaming)
+    fold_all(sums, c1 - c0, L)
+    fold_all(products, c1 - c0, L)
+    count = splat64(np.float64((m1 - m0) * L))
+    for c in range(0, c1 - c0, LANES):
+        lanes = lanes_at(c, c1 - c0)
+        put(partial_of(partials, k, COUNT), at + c, lanes, count, False)
+        put(partial_of(partials, k, SUM_DY), at + c, lanes, load(sums, c), False)
+        put(partial_of(partials, k, SUM_DY_XHAT), at + c, lanes, load(products, c), False)
 
 
 @function
 def column_elements(io, K, m0, m1, k0, width, columns, relu, streaming):
-    """Training's input gradient of rows m0:m1, columns k0:k0+width."""
+    """Training's input gradient of rows m0:m1, columns k0:k0+width, one row after the other."""
     row_bits = (K + LANES - 1) // LANES
-    m = m0
-    while m + 4 <= m1 and (K % LANES == 0 or not streaming):
+    for m in range(m0, m1):
         i = m * K + k0
         bit = m * row_bits + k0 // LANES
         j = head_of(io.grad_input, io.bits, i, i + width, streaming)
         if j > 0:
-            affine, slopes = affine_at(columns, 0), slopes_at(columns, 0)
-            four_elements(io, i, K, bit, row_bits, j, affine, slopes, relu, False)
+            element_part(io, i, bit, j, affine_at(columns, 0), slopes_at(columns, 0), relu)
         while j + LANES <= width:
             affine, slopes = affine_at(columns, j), slopes_at(columns, j)
-            four_elements(io, i + j, K, bit, row_bits, LANES, affine, slopes, relu, streaming)
+            g, xmu = read_pair(io, i + j, bit, affine, relu)
+            put_train(io, i + j, LANES, g, xmu, affine, slopes, streaming)
             j += LANES
             bit += 1
         if j < width:
             affine, slopes = affine_at(columns, j), slopes_at(columns, j)
-            four_elements(io, i + j, K, bit, row_bits, width - j, affine, slopes, relu, False)
-        m += 4
-    while m < m1:
-        i = m * K + k0
-        bit = m * row_bits + k0 // LANES
-        j = head_of(io.grad_input, io.bits, i, i + width, streaming)
-        if j > 0:
-            affine, slopes = affine_at(columns, 0), slopes_at(columns, 0)
-            element_vector(io, i, bit, j, affine, slopes, relu, False)
-        while j + LANES <= width:
-            affine, slopes = affine_at(columns, j), slopes_at(columns, j)
-            element_vector(io, i + j, bit, LANES, affine, slopes, relu, streaming)
-            j += LANES
-            bit += 1
-        if j < width:
-            affine, slopes = affine_at(columns, j), slopes_at(columns, j)
-            element_vector(io, i + j, bit, width - j, affine, slopes, relu, False)
-        m += 1
+            element_part(io, i + j, bit, width - j, affine, slopes, relu)

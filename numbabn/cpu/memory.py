@@ -14,11 +14,13 @@ uint16      bfloat16 bits   float32
 ==========  ==============  ===================
 """
 
+from functools import cache
 from typing import Any
 
+import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba.core import types
+from numba.core import config, types
 from numba.extending import intrinsic, overload
 
 from numbabn.cpu.options import inline
@@ -61,11 +63,30 @@ def _decode(builder: Any, pointer: Any, value: Any) -> Any:
     return value
 
 
+@cache
+def _has_half_arithmetic() -> bool:
+    """Whether kernels are compiled for a processor with AVX-512 FP16."""
+    if config.CPU_NAME or config.CPU_FEATURES:
+        return False
+    return bool(llvmlite.binding.get_host_cpu_features().get("avx512fp16"))
+
+
+def _to_half(builder: Any, value: Any) -> Any:
+    """Lanes rounded to float16, as integers."""
+    integers = ir.VectorType(I16, LANES)
+    if _has_half_arithmetic() and value.type.element == FLOAT:
+        # There LLVM would store halves as such, for which it knows no streaming store.
+        name = "llvm.x86.avx512.mask.vcvtps2ph.512"
+        current_rounding, all_lanes = I32(4), I16(0xFFFF)
+        old = ir.Constant(integers, ir.Undefined)
+        return call(builder, name, integers, [value, current_rounding, old, all_lanes])
+    return builder.bitcast(builder.fptrunc(value, ir.VectorType(HALF, LANES)), integers)
+
+
 def _encode(builder: Any, pointer: Any, value: Any) -> Any:
     """Lanes computed with -> lanes as they lie in memory, rounded to nearest even."""
     if pointer.dtype == types.int16:
-        half = builder.fptrunc(value, ir.VectorType(HALF, LANES))
-        return builder.bitcast(half, ir.VectorType(I16, LANES))
+        return _to_half(builder, value)
     if pointer.dtype == types.uint16:
         # Adding 0x7FFF, or 0x8000 where the last kept bit is odd, carries into the kept half
         # exactly when nearest-even rounds up. NaN would overflow into infinity: keep it quiet.

@@ -49,10 +49,9 @@ def normalize_planes(
     x, residual, bits, out, C, L, segment, weight, bias, running_mean, running_var, eps, table,
     floor, streaming, items, parts,
 ):
-    table = serial.ready_table(x, weight, bias, running_mean, running_var, eps, table)
     for part in prange(parts):
         serial.normalize_planes(
-            x, residual, bits, out, C, L, segment, weight, bias, running_mean[:0],
+            x, residual, bits, out, C, L, segment, weight, bias, running_mean,
             running_var, eps, table, floor, streaming, share(items, parts, part),
             share(items, parts, part + 1),
         )
@@ -63,10 +62,9 @@ def normalize_columns(
     x, residual, bits, out, M, C, L, rows, block, weight, bias, running_mean, running_var, eps,
     table, floor, streaming, items, parts,
 ):
-    table = serial.ready_table(x, weight, bias, running_mean, running_var, eps, table)
     for part in prange(parts):
         serial.normalize_columns(
-            x, residual, bits, out, M, C, L, rows, block, weight, bias, running_mean[:0],
+            x, residual, bits, out, M, C, L, rows, block, weight, bias, running_mean,
             running_var, eps, table, floor, streaming, share(items, parts, part),
             share(items, parts, part + 1),
         )
@@ -74,14 +72,14 @@ def normalize_columns(
 
 @parallel_kernel
 def forward_planes(
-    x, residual, bits, out, N, C, L, rows, segment, chunks, weight, bias, running_mean,
-    running_var, momentum, eps, table, floor, streaming, items, parts,
+    x, residual, bits, out, N, C, L, rows, segment, chunks, group, sums_ahead, elements_ahead,
+    weight, bias, running_mean, running_var, momentum, eps, table, floor, streaming, items, parts,
 ):
     for part in prange(parts):
         serial.forward_planes(
-            x, residual, bits, out, N, C, L, rows, segment, chunks, weight, bias, running_mean,
-            running_var, momentum, eps, table, floor, streaming, share(items, parts, part),
-            share(items, parts, part + 1),
+            x, residual, bits, out, N, C, L, rows, segment, chunks, group, sums_ahead,
+            elements_ahead, weight, bias, running_mean, running_var, momentum, eps, table, floor, streaming,
+            share(items, parts, part), share(items, parts, part + 1),
         )
 
 
@@ -148,13 +146,13 @@ def backward_elements_columns(
 
 @parallel_kernel
 def backward_planes(
-    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks, table, sums,
-    slopes, relu, streaming, items, parts,
+    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks, group,
+    sums_ahead, elements_ahead, table, sums, slopes, relu, streaming, items, parts,
 ):
     for part in prange(parts):
         serial.backward_planes(
             grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks,
-            table, sums, slopes, relu, streaming, share(items, parts, part),
+            group, sums_ahead, elements_ahead, table, sums, slopes, relu, streaming, share(items, parts, part),
             share(items, parts, part + 1),
         )
 

@@ -12,11 +12,21 @@ belongs to channel k // L.
 
 import numpy as np
 
-from numbabn.cpu.channels import CENTER, COUNT, M2, SUM
-from numbabn.cpu.memory import load, load_first, load_upto, offset, prefetch, scalar, store
+from numbabn.cpu.channels import CENTER, COUNT, M2, SUM, lanes_at, partial_of
+from numbabn.cpu.memory import (
+    load,
+    load_first,
+    load_upto,
+    offset,
+    prefetch,
+    put,
+    scalar,
+    store,
+)
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.vector import (
     LANES,
+    clip_below,
     fma,
     is_double,
     narrow_like,
@@ -32,16 +42,6 @@ def first_value(x, index):
     """What a channel is summed relative to: its first value, or 0 if that is not finite."""
     value = scalar(x, index)
     return value if np.isfinite(value) else 0.0
-
-
-@inline
-def store_moments(chunk, count, center, total, squares):
-    """Store what a chunk summed to, given the sums of d = x - center and of d * d."""
-    m2 = squares - total * total / count
-    chunk[COUNT] = count
-    chunk[CENTER] = center
-    chunk[SUM] = total
-    chunk[M2] = 0.0 if m2 < 0.0 else m2
 
 
 # --- planes ---------------------------------------------------------------------------------
@@ -86,19 +86,21 @@ def plane_sums(x, C, L, c, n0, n1, l0, l1, shift, ahead):
 
 
 @function
-def plane_chunk(x, N, C, L, rows, segment, c, k, shift, ahead, chunk):
-    """Statistics of chunk k of channel c, relative to `shift`, into `chunk`."""
-    across = (L + segment - 1) // segment
-    n0 = (k // across) * rows
-    n1 = min(N, n0 + rows)
-    l0 = (k % across) * segment
-    l1 = min(L, l0 + segment)
+def plane_chunk(x, C, L, c, k, n0, n1, l0, l1, shift, ahead, partials, at):
+    """Statistics of a chunk of channel c, its k-th, into place `at` of `partials`.
+
+    The chunk is rows n0:n1, columns l0:l1; values are summed relative to `shift`.
+    """
     count = np.float64((n1 - n0) * (l1 - l0))
     total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift, ahead)
     if is_double(x) and np.isfinite(total):
         shift += total / count
         total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift, 0)
-    store_moments(chunk, count, shift, total, squares)
+    m2 = squares - total * total / count
+    partial_of(partials, k, COUNT)[at] = count
+    partial_of(partials, k, CENTER)[at] = shift
+    partial_of(partials, k, SUM)[at] = total
+    partial_of(partials, k, M2)[at] = 0.0 if m2 < 0.0 else m2
 
 
 # --- columns --------------------------------------------------------------------------------
@@ -191,9 +193,17 @@ def column_sums(x, K, m0, m1, k0, width, shifts, sums, squares):
         m += 1
 
 
+@inline
+def fold_all(sums, channels, L):
+    """``sums[c]`` = the sum over the L columns of channel c; channel by channel, in place."""
+    if L > 1:
+        for c in range(channels):
+            sums[c] = fold(sums, c, L)
+
+
 @function
-def column_chunk(x, C, L, k, m0, m1, c0, c1, work, space, partials, chunks):
-    """Statistics of rows m0:m1 of channels c0:c1, into chunk k of each, the first at `partials`.
+def column_chunk(x, C, L, k, m0, m1, c0, c1, work, space, partials, at):
+    """Statistics of rows m0:m1 of channels c0:c1, into chunk k of `partials`, from place `at` on.
 
     `work` is scratch: four times `space` numbers.
     """
@@ -212,6 +222,13 @@ def column_chunk(x, C, L, k, m0, m1, c0, c1, work, space, partials, chunks):
             centers[c] = middle if np.isfinite(middle) else centers[c]
         spread(centers, c1 - c0, L, shifts)
         column_sums(x, K, m0, m1, c0 * L, width, shifts, sums, squares)
-    for c in range(c1 - c0):
-        total, squared = fold(sums, c, L), fold(squares, c, L)
-        store_moments(offset(partials, (c * chunks + k) * 4), count, centers[c], total, squared)
+    fold_all(sums, c1 - c0, L)
+    fold_all(squares, c1 - c0, L)
+    for c in range(0, c1 - c0, LANES):
+        lanes = lanes_at(c, c1 - c0)
+        total = load(sums, c)
+        m2 = load(squares, c) - total * total / splat64(count)
+        put(partial_of(partials, k, COUNT), at + c, lanes, splat64(count), False)
+        put(partial_of(partials, k, CENTER), at + c, lanes, load(centers, c), False)
+        put(partial_of(partials, k, SUM), at + c, lanes, total, False)
+        put(partial_of(partials, k, M2), at + c, lanes, clip_below(m2, splat64(0.0)), False)

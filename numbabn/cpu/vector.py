@@ -172,6 +172,71 @@ def clip_below(typingctx: Any, value: Any, floor: Any) -> Any:
 
 
 @intrinsic
+def root(typingctx: Any, value: Any) -> Any:
+    """Square roots, correctly rounded."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = _llvm(value)
+        return call(builder, f"llvm.sqrt.{suffix(kind)}", kind, list(args))
+
+    return value(value), codegen
+
+
+def _magnitude(builder: Any, value: Any) -> Any:
+    return call(builder, f"llvm.fabs.{suffix(value.type)}", value.type, [value])
+
+
+def _is_finite(builder: Any, value: Any) -> Any:
+    limit = ir.Constant(value.type, [float("inf")] * LANES)
+    return builder.fcmp_ordered("<", _magnitude(builder, value), limit)
+
+
+@intrinsic
+def where_finite(typingctx: Any, test: Any, value: Any, other: Any) -> Any:
+    """Lanes of `value` where `test` is neither infinite nor NaN, of `other` elsewhere."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(_is_finite(builder, args[0]), args[1], args[2])
+
+    return value(test, value, value), codegen
+
+
+@intrinsic
+def where_infinite(typingctx: Any, test: Any, value: Any, other: Any) -> Any:
+    """Lanes of `value` where `test` is infinite, of `other` elsewhere."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        limit = ir.Constant(args[0].type, [float("inf")] * LANES)
+        infinite = builder.fcmp_ordered("==", _magnitude(builder, args[0]), limit)
+        return builder.select(infinite, args[1], args[2])
+
+    return value(test, value, value), codegen
+
+
+@intrinsic
+def where_larger(typingctx: Any, a: Any, b: Any, value: Any, other: Any) -> Any:
+    """Lanes of `value` where ``|a| >= |b|``, of `other` elsewhere."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        larger = builder.fcmp_ordered(
+            ">=", _magnitude(builder, args[0]), _magnitude(builder, args[1])
+        )
+        return builder.select(larger, args[2], args[3])
+
+    return value(a, b, value, value), codegen
+
+
+@intrinsic
+def where_nan(typingctx: Any, test: Any, value: Any, other: Any) -> Any:
+    """Lanes of `value` where `test` is NaN, of `other` elsewhere."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), args[1], args[2])
+
+    return value(test, value, value), codegen
+
+
+@intrinsic
 def positive_bits(typingctx: Any, value: Any) -> Any:
     """A 16-bit number whose bit ``i`` says whether lane ``i`` is greater than zero (or NaN)."""
 
@@ -231,3 +296,4 @@ def _operator(operation: Any, instruction: str) -> None:
 _operator(operator.add, "fadd")
 _operator(operator.sub, "fsub")
 _operator(operator.mul, "fmul")
+_operator(operator.truediv, "fdiv")
