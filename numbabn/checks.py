@@ -134,11 +134,11 @@ def relu(activation: Any) -> bool:
     raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
 
 
-def several_values(count: int, x: Array) -> None:
+def several_values(count: int, shape: tuple[int, ...]) -> None:
     """Variance needs more than one value."""
     if count == 1:
         raise ValueError(
-            f"x: Expected more than 1 value per channel when training, got shape {x.shape}"
+            f"x: Expected more than 1 value per channel when training, got shape {shape}"
         )
 
 

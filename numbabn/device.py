@@ -77,6 +77,11 @@ class _Call:
 
     def channels(self, name: str, value: Any, C: int, double: bool = False) -> CudaArray:
         """An array of one float per channel, float64 if it must be `double`."""
+        if isinstance(value, np.ndarray):
+            raise TypeError(
+                f"{name}: expected a CUDA array like x, got a NumPy array; a layer takes CUDA "
+                "arrays once its weight, bias and running statistics are ones"
+            )
         array = self.take(name, value)
         if array.shape != (C,):
             raise ValueError(f"{name}: expected shape ({C},), one per channel, got {array.shape}")
@@ -156,7 +161,7 @@ def _view(x: CudaArray, channel_axis: Any) -> tuple[int, View]:
 def _forward(
     given: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, training: bool,
     momentum: Any, eps: Any, channel_axis: Any, activation: Any, residual: Any, out: Any,
-    stream: Any, keep: bool,
+    stream: Any, *, keep: bool,
 ) -> tuple[Any, Saved | None]:  # fmt: skip
     call = _Call("x", given, stream)
     x = call.array
@@ -164,20 +169,20 @@ def _forward(
     momentum, eps = checks.real("momentum", momentum), checks.not_negative("eps", eps)
     relu = checks.relu(activation)
     checks.running(running_mean, running_var, training)
-    names = ("weight", "bias", "running_mean", "running_var")
+    names = ("running_mean", "running_var", "weight", "bias")
     own = {
         name: call.channels(name, value, view.C)
-        for name, value in zip(names, (weight, bias, running_mean, running_var), strict=True)
+        for name, value in zip(names, (running_mean, running_var, weight, bias), strict=True)
         if value is not None
     }
     added = None if residual is None else call.same_kind("residual", residual, x)
     if training:
-        written = {name: own[name] for name in names[2:] if name in own}
+        written = {name: own[name] for name in names[:2] if name in own}
         for name, array in written.items():
             _check_writable(name, array)
             for other in own.keys() - {name}:
                 _check_apart(name, array, other, own[other])
-        checks.several_values(x.size // view.C if view.C else 0, x)
+        checks.several_values(view.per_channel, x.shape)
     if out is not None:
         same = {} if added is None else {"residual": added}
         if keep:
@@ -189,15 +194,18 @@ def _forward(
     y = out
     if out is None:
         y, new = call.like(view, x)
-    param = own["weight"].storage if "weight" in own else None
-    param = param or (_FLOAT64 if x.storage == _FLOAT64 else _FLOAT32)
-    bits, table = None, NOTHING
+    param = _FLOAT64 if x.storage == _FLOAT64 else _FLOAT32
+    if "weight" in own:
+        param = own["weight"].storage
+    bits: Any = None
+    table: Any = NOTHING
     if x.size:
         goal = new if out is None else target.flat
         if keep and relu and added is not None:
             bits = call.queue.empty(cuda.bits_size(view, x.storage.itemsize), np.uint8)
         arrays = (x.flat, None if added is None else added.flat, bits, goal, view)
-        channels = tuple(own[name].flat if name in own else NOTHING for name in names)
+        flat = {name: own[name].flat if name in own else NOTHING for name in names}
+        channels = flat["weight"], flat["bias"], flat["running_mean"], flat["running_var"]
         if training:
             table = cuda.forward_train(*arrays, *channels, momentum, eps, relu, call.queue)
         else:
@@ -205,14 +213,12 @@ def _forward(
     if not keep:
         return y, None
     kept: Any = DeviceArray(x.address, x.size, x.storage, given)
+    # By its name, which no NumPy dtype is: so no NumPy gradient is taken for one that fits.
+    kind: Any = x.dtype_name
     return y, Saved(
-        bool(training), x.shape, axis, x.storage, param, view, kept, _any(table), _any(bits), relu,
+        bool(training), x.shape, axis, kind, param, view, kept, table, bits, relu,
         added is not None,
     )  # fmt: skip
-
-
-def _any(array: DeviceArray | None) -> Any:
-    return array
 
 
 def batch_norm(*arguments: Any) -> Any:
@@ -240,7 +246,7 @@ def batch_norm_backward(
             f"grad_output: expected the shape of the saved forward pass, {saved.shape}, "
             f"got {dy.shape}"
         )
-    if dy.storage != saved.dtype:
+    if dy.storage != x.storage:
         raise TypeError(
             f"grad_output: expected the dtype of the saved forward pass, {x.dtype_name}, "
             f"got {dy.dtype_name}"
@@ -251,7 +257,8 @@ def batch_norm_backward(
             f"{x.strides}, got {dy.strides}; copy it into that layout first"
         )
     view, relu, want_residual = saved.view, saved.relu, saved.has_residual
-    table, bits = _any(saved.table), _any(saved.bits)
+    table: Any = saved.table
+    bits: Any = saved.bits
     want_input, want_weight, want_bias = needs
     goal = grad_input = grad_residual = dres = sums = None
     if out is not None:
@@ -266,20 +273,20 @@ def batch_norm_backward(
         grad_residual = grad_output
         if relu:
             grad_residual, dres = call.like(view, x)
-    arrays = (dy.flat, x.flat, bits, dx, dres, view)
+    rest: tuple[Any, ...] = (dres, view, table, relu, saved.param_dtype, call.queue)
     if not x.size:
         zeros = [call.zeros(view.C, saved.param_dtype) if need else None for need in needs[1:]]
         grads = (grad_input, *zeros)
         return (*grads, grad_residual) if want_residual else grads
     if dx is not None and saved.training:
-        sums = cuda.backward_train(*arrays, table, relu, saved.param_dtype, call.queue)
+        sums = cuda.backward_train(dy.flat, x.flat, bits, dx, *rest)
     elif dx is not None and not (want_weight or want_bias or relu):
         # dx = dy * scale: x is not even read
         scale = DeviceArray(table.address + 3 * view.C * 8, view.C, _FLOAT64, table)
         plain = cuda.known_table(dy.flat, NOTHING, scale, NOTHING, NOTHING, view.C, call.queue)
         cuda.normalize(dy.flat, None, None, dx, view, plain, False, call.queue)
     elif dx is not None or dres is not None or want_weight or want_bias:
-        sums = cuda.backward_eval(*arrays, table, relu, saved.param_dtype, call.queue)
+        sums = cuda.backward_eval(dy.flat, x.flat, bits, dx, *rest)
     grad_weight = grad_bias = None
     if sums is not None:
         halves: Any = sums.owner
@@ -291,18 +298,22 @@ def batch_norm_backward(
 
 def saved_mean(saved: Saved) -> Any:
     """The mean of each channel, float64, on the device."""
-    call = _Call("x", _any(saved.x).owner, None)
-    if not saved.x.size:
+    kept: Any = saved.x
+    table: Any = saved.table
+    call = _Call("x", kept.owner, None)
+    if not kept.size:
         return call.zeros(saved.view.C, _FLOAT64)
-    return cuda.mean_of(_any(saved.table), saved.view.C, call.queue).owner
+    return cuda.mean_of(table, saved.view.C, call.queue).owner
 
 
 def saved_invstd(saved: Saved) -> Any:
     """The inverse standard deviation of each channel: a part of what was saved."""
+    kept: Any = saved.x
+    table: Any = saved.table
     C = saved.view.C
-    if not saved.x.size:
-        return _Call("x", _any(saved.x).owner, None).zeros(C, _FLOAT64)
-    return _any(saved.table).owner[2 * C : 3 * C]
+    if not kept.size:
+        return _Call("x", kept.owner, None).zeros(C, _FLOAT64)
+    return table.owner[2 * C : 3 * C]
 
 
 # --- the stages -------------------------------------------------------------------------------

@@ -79,8 +79,8 @@ class Saved(NamedTuple):
     def mean(self) -> NDArray[np.float64]:
         """Mean of each channel, shape (C,)."""
         if not isinstance(self.table, np.ndarray):
-            on_device: Any = device().saved_mean(self)
-            return on_device  # type: ignore[no-any-return]
+            there: Array = device().saved_mean(self)
+            return there
         mean, rest, invstd = self.table[:3]
         apart = np.zeros_like(mean)
         np.divide(rest, invstd, out=apart, where=rest != 0)
@@ -96,8 +96,8 @@ class Saved(NamedTuple):
     def invstd(self) -> NDArray[np.float64]:
         """``1 / sqrt(var + eps)`` of each channel, shape (C,)."""
         if not isinstance(self.table, np.ndarray):
-            on_device: Any = device().saved_invstd(self)
-            return on_device  # type: ignore[no-any-return]
+            there: Array = device().saved_invstd(self)
+            return there
         invstd: Array = self.table[2].copy()
         return invstd
 
@@ -221,8 +221,7 @@ def batch_norm(
                 x, found.view, channels, training, momentum, eps, relu, None, out, False
             )[0]  # fmt: skip
     if checks.is_cuda(x):
-        door: Any = device().batch_norm
-        return door(
+        return device().batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
             activation, residual, out, stream,
         )  # fmt: skip
@@ -309,11 +308,11 @@ def batch_norm_forward(
                 flat, table, None, relu, False,
             )  # fmt: skip
     if checks.is_cuda(x):
-        door: Any = device().batch_norm_forward
-        return door(
+        done: tuple[Any, Saved] = device().batch_norm_forward(
             x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
             activation, residual, out, stream,
         )  # fmt: skip
+        return done
     call = check_forward(
         x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
         activation, residual, out, stream, in_place=False,

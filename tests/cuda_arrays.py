@@ -15,7 +15,7 @@ from numbabn.cuda import launch
 
 
 class HostArray:
-    """What all kinds of arrays share: the array API's attributes, slices, and no way to the host."""
+    """What all kinds share: the array API's attributes, slices, and no way to the host."""
 
     def __init__(self, gpu, values, *, read_only=False, stream=None, device="gpu 0"):
         self.gpu, self.values = gpu, values

@@ -6,14 +6,14 @@ the code that a GPU would run, launched as it would be launched.
 
 import numpy as np
 import pytest
-from support import ARRANGEMENTS, assert_close, problem, wide
+from support import ARRANGEMENTS, assert_close, problem, run_script, wide
 
 pytest.importorskip("numba.cuda.types", reason="numba-cuda is not installed")
 from cuda_arrays import Gpu, InterfaceArray, install
 from grid import MODES
 
 import numbabn
-from numbabn.cuda import launch
+from numbabn.cuda import interop, launch
 
 # One of each kind of kernel: a channel in a block, several blocks, columns, short planes.
 SHAPES = [
@@ -263,7 +263,7 @@ def test_layer(gpu, momentum, training):
 
 def test_layer_with_parameters_on_the_host(gpu):
     layer = numbabn.BatchNorm1d(5)
-    with pytest.raises(TypeError, match=r"weight: expected a CUDA array .* got ndarray"):
+    with pytest.raises(TypeError, match=r"running_mean: expected a CUDA array .*a layer takes"):
         layer(gpu.to(problem((6, 5, 4)).x))
 
 
@@ -380,7 +380,7 @@ BAD = {
     ),
     "out is read-only": ("out", like(ZEROS, read_only=True), ValueError, r"out: .*read-only"),
     "device": ("residual", like(ZEROS, device="gpu 1"), ValueError, r"residual: .*gpu 0.*gpu 1"),
-    "host": ("weight", lambda gpu: np.ones(3, np.float32), TypeError, r"weight: .*CUDA.*ndarray"),
+    "host": ("weight", lambda gpu: np.ones(3, np.float32), TypeError, r"weight: .*CUDA.*NumPy"),
     "host's out": ("out", lambda gpu: ZEROS.copy(), TypeError, r"out: .*CUDA.*ndarray"),
     "no array": ("residual", lambda gpu: "abc", TypeError, r"residual: .*CUDA.*str"),
     "eps": ("eps", lambda gpu: -1.0, ValueError, r"eps: .*at least 0"),
@@ -420,7 +420,7 @@ def test_one_value_per_channel(gpu):
 def test_read_only_running_statistics(gpu, name):
     given = OnGpu(gpu, problem(SHAPE))
     getattr(given, name).read_only = True
-    with pytest.raises(ValueError, match=f"running_{name}: .*read-only"):
+    with pytest.raises(ValueError, match=rf"running_{name}: .*read-only"):
         given.batch_norm()
     assert gpu.launches == []
 
@@ -428,7 +428,7 @@ def test_read_only_running_statistics(gpu, name):
 def test_running_statistics_that_overlap(gpu):
     given = OnGpu(gpu, problem(SHAPE))
     given.var = given.mean
-    with pytest.raises(ValueError, match="running_mean: .*overlaps running_var"):
+    with pytest.raises(ValueError, match=r"running_mean: .*overlaps running_var"):
         given.batch_norm()
 
 
@@ -438,7 +438,7 @@ def test_out_that_overlaps(gpu):
         given.forward(out=given.x)
     memory = gpu.memory_for((ZEROS.size + 4,), np.float32)
     given.x = InterfaceArray(gpu, memory[:-4].reshape(SHAPE))
-    with pytest.raises(ValueError, match="out: .*overlaps part of x"):
+    with pytest.raises(ValueError, match=r"out: .*overlaps part of x"):
         given.batch_norm(out=InterfaceArray(gpu, memory[4:].reshape(SHAPE)))
     assert gpu.launches == []
 
@@ -457,7 +457,7 @@ def test_bad_gradients(gpu):
     ]:
         with pytest.raises(error, match=message):
             numbabn.batch_norm_backward(bad, saved)
-    with pytest.raises(ValueError, match="out: .*overlaps x"):
+    with pytest.raises(ValueError, match=r"out: .*overlaps x"):
         numbabn.batch_norm_backward(given.dy, saved, out=given.x)
     assert len(gpu.launches) == before
 
@@ -472,10 +472,58 @@ def test_host_input_with_cuda_arrays(gpu):
         numbabn.batch_norm_backward(given.dy, saved)
 
 
+def test_tensors_that_want_gradients_are_refused(gpu):
+    class Variable(InterfaceArray):
+        is_cuda = True
+
+        @property
+        def __cuda_array_interface__(self):
+            raise RuntimeError("use var.detach()")
+
+    x = Variable(gpu, ZEROS)
+    with pytest.raises(ValueError, match=r"x: expected an array that lends its memory.*detach"):
+        numbabn.batch_norm(x, None, None, training=True)
+
+
+def test_arrays_that_pytorch_makes():
+    # On the CPU, where strides, dtypes and slices are what they are on a GPU.
+    torch = pytest.importorskip("torch")
+    like = torch.zeros(1)
+    library = interop.library_of(like)
+    assert library is not interop.library_of(np.zeros(1))
+    for name in DTYPES:
+        array = library.new(like, (2, 3), name, zeros=True)
+        assert array.dtype is getattr(torch, name)
+        assert array.sum() == 0
+    made = library.permute(library.new(like, (2, 5, 6, 3), "float32"), (0, 3, 1, 2))
+    assert made.shape == (2, 3, 5, 6)
+    assert made.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_without_numba_cuda():
+    # None in sys.modules makes the import fail, as it does where numba-cuda is not installed.
+    script = """
+import sys
+sys.modules["numba.cuda"] = None
+import numpy as np
+import numbabn
+class Array:
+    __cuda_array_interface__ = {}
+try:
+    numbabn.batch_norm(Array(), None, None, training=True)
+except ImportError as error:
+    print(error)
+print(numbabn.batch_norm(np.ones((2, 3)), None, None, training=True).sum())
+"""
+    message, result = run_script(script).splitlines()
+    assert message.startswith("CUDA arrays need numba-cuda: pip install 'numbabn[cuda13]'")
+    assert float(result) == 0
+
+
 def test_no_driver(monkeypatch):
     # Without the fixture, launches go to Numba.
     monkeypatch.setattr(launch.cuda, "is_available", lambda: False)
     launch._require_driver.cache_clear()
     given = OnGpu(Gpu(), problem(SHAPE, training=False))
-    with pytest.raises(RuntimeError, match="driver.*install"):
+    with pytest.raises(RuntimeError, match=r"driver.*install"):
         given.batch_norm()

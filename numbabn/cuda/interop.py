@@ -21,7 +21,7 @@ from numbabn.cuda import launch
 from numbabn.cuda.arrays import DeviceArray
 
 # What floats are stored as in a `DeviceArray`, and back.
-STORAGE = {
+STORAGE: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
     "float16": np.dtype(np.int16),
@@ -311,7 +311,8 @@ def _numpy_dtype(name: str) -> np.dtype[Any]:
     if name == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return dtype
     return np.dtype(name)
 
 
@@ -335,4 +336,5 @@ def _library(kind: type) -> Library:
 
 def library_of(array: Any) -> Library:
     """The library that makes arrays like this one."""
-    return _library(type(array))
+    kind: Any = type(array)
+    return _library(kind)
