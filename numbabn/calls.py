@@ -239,6 +239,7 @@ def small_eval(
         and type(channel_axis) is int
         and (out is None or (type(out) is array and out.dtype is dtype))
         and x.size <= SMALL
+        and x.flags.carray  # for other types the kernel would be compiled, only to refuse
     ):
         return None
     y = np.empty(x.shape, dtype) if out is None else out

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support import as_dtype, assert_close, largest, wide
 
-pytest.importorskip("numba.cuda.types", reason="numba-cuda is not installed")
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 from cuda_device import Device
 
 from numbabn import cuda, layout, reference

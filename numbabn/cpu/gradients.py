@@ -183,7 +183,7 @@ def slopes_of(x, slopes, C, c):
 @function
 def plane_elements(io, i, end, bit, affine, slopes, relu, streaming):
     """Training's input gradient of elements i:end, all of one channel."""
-    overlap = end_with_whole(io.bits, end - i)
+    overlap = end_with_whole(io.bits, end - i, streaming)
     g_last, xmu_last = affine.mean, affine.mean
     if overlap:
         g_last, xmu_last = read_pair(io, end - LANES, bit, affine, relu)

@@ -111,14 +111,14 @@ def note_bits(bits, bit, value):
 
 
 @inline
-def end_with_whole(bits, size):
+def end_with_whole(bits, size, streaming):
     """Whether a row that is no multiple of 16 may end with a whole vector that overlaps the last.
 
     It is worked out before anything is stored, since the result may replace the input. Bits are
-    not stored twice.
+    not stored twice, and a line that bypassed the caches is not fetched back to be stored again.
     """
     if bits is None:
-        return size > LANES and size % LANES != 0
+        return size > LANES and size % LANES != 0 and not streaming
     return False
 
 
@@ -149,7 +149,7 @@ def affine_of(x, table, C, c):
 def normalize_plane(io, i, end, bit, affine, floor, streaming):
     """Elements i:end, all of the channel of `affine`."""
     lowest = splat_like(io.x, floor)
-    overlap = end_with_whole(io.bits, end - i)
+    overlap = end_with_whole(io.bits, end - i, streaming)
     last = lowest
     if overlap:
         last = normalized(io, end - LANES, affine)

@@ -78,8 +78,8 @@ def forward_planes(
     for part in prange(parts):
         serial.forward_planes(
             x, residual, bits, out, N, C, L, rows, segment, chunks, group, sums_ahead,
-            elements_ahead, weight, bias, running_mean, running_var, momentum, eps, table, floor, streaming,
-            share(items, parts, part), share(items, parts, part + 1),
+            elements_ahead, weight, bias, running_mean, running_var, momentum, eps, table, floor,
+            streaming, share(items, parts, part), share(items, parts, part + 1),
         )
 
 
@@ -152,8 +152,8 @@ def backward_planes(
     for part in prange(parts):
         serial.backward_planes(
             grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks,
-            group, sums_ahead, elements_ahead, table, sums, slopes, relu, streaming, share(items, parts, part),
-            share(items, parts, part + 1),
+            group, sums_ahead, elements_ahead, table, sums, slopes, relu, streaming,
+            share(items, parts, part), share(items, parts, part + 1),
         )
 
 

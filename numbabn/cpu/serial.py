@@ -263,7 +263,8 @@ def normalize_columns(
 @kernel
 def forward_planes(
     x, residual, bits, out, N, C, L, rows, segment, chunks, group, sums_ahead,
-    elements_ahead, weight, bias, running_mean, running_var, momentum, eps, table, floor, streaming, start, stop,
+    elements_ahead, weight, bias, running_mean, running_var, momentum, eps, table, floor, streaming,
+    start, stop,
 ):
     """Training, channels start:stop: a group is summed, then normalized while it is in cache."""
     io = forward_io(x, residual, bits, out, elements_ahead)
@@ -448,8 +449,8 @@ def backward_elements_columns(
 
 @kernel
 def backward_planes(
-    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks, group, sums_ahead,
-    elements_ahead, table, sums, slopes, relu, streaming, start, stop,
+    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks, group,
+    sums_ahead, elements_ahead, table, sums, slopes, relu, streaming, start, stop,
 ):
     """Training, channels start:stop: a group is summed, then differentiated while in cache."""
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, elements_ahead)

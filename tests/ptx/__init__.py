@@ -31,10 +31,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ptx import report as _report
-from ptx.machine import Launch, Program
+from ptx.machine import Launch
 from ptx.memory import Memory
 from ptx.parse import Function, Module, Unsupported
 from ptx.parse import parse as _parse
+from ptx.program import Program
 from ptx.report import Fault, Report
 
 DivergentBarrier = _report.DivergentBarrier

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ptx.instructions import LOCAL_WINDOW, SHARED_WINDOW, Modifiers, Slots, dtype_of, signless
 from ptx.memory import Buffer, Region
 from ptx.parse import Address, Instruction, Vector
-from ptx.report import Misaligned, OutOfBounds, RaceFault, ReadOnly, Uninitialised
+from ptx.registers import LOCAL_WINDOW, SHARED_WINDOW, Modifiers, Slots, dtype_of, signless
+from ptx.report import SECTOR_BITS, Misaligned, OutOfBounds, RaceFault, ReadOnly, Uninitialised
 
 _HINTS = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "volatile", "weak", "relaxed", "acquire",
           "release", "acq_rel", "cta", "gpu", "sys")  # fmt: skip
@@ -30,7 +30,8 @@ class Access:
         while m.take(*_HINTS):
             pass
         m.left = [hint for hint in m.left if not hint.startswith(("L1::", "L2::"))]
-        self.read_address = slots.reader(address.base, np.dtype("u8"))
+        read = slots.reader(address.base, slots.dtype(address.base))
+        self.read_address = lambda R: read(R).astype(np.uint64, copy=False)
         self.offset = np.uint64(address.offset % (1 << 64))
 
     def addresses(self, group, mask):
@@ -73,7 +74,8 @@ class Access:
                 near = group.spaces[space].nearest(int(inside[0]))
                 self._fail(OutOfBounds, group, who, 0, inside, f"is outside all arrays: {near}")
             if kind != "load" and not region.writable:
-                self._fail(ReadOnly, group, who, 0, inside, f"is in {region.name}, which may only be read")
+                why = f"is in {region.name}, which may only be read"
+                self._fail(ReadOnly, group, who, 0, inside, why)
             offsets = (inside - np.uint64(region.buffer.origin)).view(np.int64)
             stride = group.strides.get(space)
             if stride is not None:
@@ -82,8 +84,10 @@ class Access:
                 self._count(group, region, inside, who, kind)
             if space in ("shared", "global") and region.writable:
                 self._check_order(group, space, region, inside, offsets, who, kind)
+            elif space in ("local", "param") and kind == "store":
+                launch.shadow(region.buffer).mark_written(offsets, self.width, launch.time)
             elif space in ("local", "param"):
-                self._check_written(group, region, inside, offsets, who, kind)
+                self._check_written(group, region, inside, offsets, who)
             if base_pick is not None:
                 pick = base_pick if pick is None else base_pick[pick]
             found.append((region.buffer, offsets, pick))
@@ -96,30 +100,26 @@ class Access:
         raise group.fault(kind, self.instruction, lane, message)
 
     def _count(self, group, region: Region, addresses, lanes, kind):
-        sectors = addresses >> np.uint64(5)
-        keys = sectors + (group.warp_key if lanes is None else group.warp_key[lanes])
-        steps = np.diff(keys.view(np.int64))
-        if steps.size and steps.min() < 0:
+        keys = addresses.view(np.int64)
+        keys = keys + (group.warp_key if lanes is None else group.warp_key[lanes])
+        if (keys[1:] < keys[:-1]).any():
             keys = np.sort(keys)
-            steps = np.diff(keys.view(np.int64))
-        touched = 1 + int(np.count_nonzero(steps))
-        warps = group.warps if lanes is None else 1 + int(np.count_nonzero(np.diff(group.warp_of[lanes])))
+        different = 1 + int(np.count_nonzero(keys[1:] != keys[:-1]))
+        sectors = keys >> SECTOR_BITS
+        touched = 1 + int(np.count_nonzero(sectors[1:] != sectors[:-1]))
+        warps = group.warps if lanes is None else np.unique(group.warp_of[lanes]).size
         report = group.launch.report
         for one in ("load", "store") if kind == "atomic" else (kind,):
             report.requests[one, self.width] += warps
             report.sectors[one, self.width] += touched
-            report.bytes[one, self.width] += addresses.size * self.width
-            region.touch(one, sectors.view(np.int64))
+            report.bytes[one, self.width] += different * self.width
+            region.touch(one, addresses.view(np.int64) >> SECTOR_BITS)
 
     def _check_order(self, group, space, region, addresses, offsets, lanes, kind):
         launch, shadow = group.launch, group.launch.shadow(region.buffer)
         time = launch.time
         if space == "shared" and kind != "store":
-            written = shadow.written(offsets, self.width)
-            if not written.all():
-                n = int(np.flatnonzero(~written)[0])
-                self._fail(Uninitialised, group, lanes, n, addresses,
-                           f"in {region.name} was not written yet")  # fmt: skip
+            self._check_written(group, region, addresses, offsets, lanes)
         if not launch.check_races:
             if kind != "load" and space == "shared":
                 shadow.mark_written(offsets, self.width, time)
@@ -141,15 +141,12 @@ class Access:
                 f"at line {earlier.line}: {earlier.text}",
             )  # fmt: skip
 
-    def _check_written(self, group, region, addresses, offsets, lanes, kind):
-        shadow = group.launch.shadow(region.buffer)
-        if kind == "store":
-            shadow.mark_written(offsets, self.width, group.launch.time)
-            return
-        written = shadow.written(offsets, self.width)
+    def _check_written(self, group, region, addresses, offsets, lanes):
+        written = group.launch.shadow(region.buffer).written(offsets, self.width)
         if not written.all():
             n = int(np.flatnonzero(~written)[0])
-            self._fail(Uninitialised, group, lanes, n, addresses, f"in {region.name} was not written yet")
+            why = f"in {region.name} was not written yet"
+            self._fail(Uninitialised, group, lanes, n, addresses, why)
 
     def rows(self, buffer: Buffer, offsets, count: int, dtype):
         """The buffer as rows of an access, and which rows."""

@@ -54,7 +54,8 @@ def fma_narrow(a, b, c):
     # Rounding twice is rounding once unless the first result lies half-way between two numbers.
     halfway = 1 << (_HALFWAY[dtype] - 1)
     near = total.view(np.int64) & (2 * halfway - 1) == halfway
-    if near.any() or (np.abs(total) < _TINY[dtype]).any():
+    small = np.abs(total) < _TINY[dtype]
+    if near.any() or (small.any() and total[small].any()):
         total = _sum_to_odd(product, c.astype(np.float64))
     return total.astype(dtype)
 
@@ -138,23 +139,28 @@ def narrow(x, dtype, mode):
         return result
     # float64 holds both exactly: the callers see to that.
     exact, back = x.astype(np.float64), result.astype(np.float64)
-    toward = {"rz": np.where(exact < 0, np.inf, -np.inf), "rm": -np.inf, "rp": np.inf}[mode]
-    wrong = np.where(toward > 0, back < exact, back > exact)
-    toward = np.broadcast_to(np.asarray(toward, dtype), result.shape)
     if mode == "rz":
-        toward = np.zeros_like(result)
-        wrong = np.abs(back) > np.abs(exact)
-    return np.where(wrong, np.nextafter(result, toward), result)
+        wrong, toward = np.abs(back) > np.abs(exact), 0
+    elif mode == "rm":
+        wrong, toward = back > exact, -np.inf
+    else:
+        wrong, toward = back < exact, np.inf
+    return np.where(wrong, np.nextafter(result, dtype.type(toward)), result)
 
 
 def float_to_integer(x, dtype, mode):
-    """Rounded, clamped to the range of `dtype`; NaN gives 0."""
+    """Rounded, and clamped to the range of `dtype`."""
     info = np.iinfo(dtype)
+    low, high = float(info.min), float(info.max + 1)
+    narrow_types = x.dtype != np.float64 and dtype.itemsize < 8
     x = TO_INTEGRAL[mode](x.astype(np.float64))
-    inside = (x >= float(info.min)) & (x < float(info.max + 1))
-    result = np.where(inside, x, 0).astype(dtype)
-    result = np.where(x >= float(info.max + 1), dtype.type(info.max), result)
-    return np.where(x < float(info.min), dtype.type(info.min), result)
+    result = np.where((x >= low) & (x < high), x, 0).astype(dtype)
+    result = np.where(x >= high, dtype.type(info.max), result)
+    result = np.where(x < low, dtype.type(info.min), result)
+    if narrow_types:  # NaN has become 0
+        return result
+    only_top_bit = np.array(1 << (8 * dtype.itemsize - 1), f"u{dtype.itemsize}").view(dtype)
+    return np.where(np.isnan(x), only_top_bit, result)
 
 
 def integer_to_integer(x, dtype, saturate):
@@ -190,27 +196,34 @@ def widening(a, b):
 def multiply_high(a, b):
     """The upper half of the product."""
     if a.dtype.itemsize < 8:
-        return (widening(a, b) >> np.array(8 * a.dtype.itemsize, a.dtype).astype(
-            widening(a[:1], b[:1]).dtype)).astype(a.dtype)  # fmt: skip
+        product = widening(a, b)
+        return (product >> product.dtype.type(8 * a.dtype.itemsize)).astype(a.dtype)
     x, y, half = a.view(np.uint64), b.view(np.uint64), np.uint64(32)
     low = np.uint64(0xFFFFFFFF)
     x0, x1, y0, y1 = x & low, x >> half, y & low, y >> half
     middle = x1 * y0 + ((x0 * y0) >> half)
     high = x1 * y1 + (middle >> half) + ((x0 * y1 + (middle & low)) >> half)
     if a.dtype.kind == "i":  # of the two's complement
-        high = high - np.where(a < 0, y, 0) - np.where(b < 0, x, 0)
+        zero = np.uint64(0)
+        high = high - np.where(a < 0, y, zero) - np.where(b < 0, x, zero)
     return high.view(a.dtype)
 
 
 def shift_left(a, by):
-    return np.where(by < 8 * a.dtype.itemsize, a << by.astype(a.dtype), a.dtype.type(0))
+    """Nothing is left of a number that is shifted by its width or more."""
+    bits = 8 * a.dtype.itemsize
+    if by.size == 1 and by[0] < bits:
+        return a << a.dtype.type(by[0])
+    return np.where(by < bits, a << by.astype(a.dtype), a.dtype.type(0))
 
 
 def shift_right(a, by):
-    """Arithmetic for signed numbers; amounts are clamped."""
-    most = np.uint32(8 * a.dtype.itemsize - 1)
-    shifted = a >> np.minimum(by, most).astype(a.dtype)
-    return shifted if a.dtype.kind == "i" else np.where(by > most, a.dtype.type(0), shifted)
+    """Arithmetic for signed numbers; all by more than the width are the same."""
+    bits = 8 * a.dtype.itemsize
+    if by.size == 1 and by[0] < bits:
+        return a >> a.dtype.type(by[0])
+    shifted = a >> np.minimum(by, np.uint32(bits - 1)).astype(a.dtype)
+    return shifted if a.dtype.kind == "i" else np.where(by < bits, shifted, a.dtype.type(0))
 
 
 def funnel(a, b, by, left, wrap):

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ptx.parse import Address, Arguments, Function, Instruction, Label, Module, Pair, Variable, Vector
+from ptx import parse
+from ptx.parse import Address, Arguments, Instruction, Label, Pair, Variable, Vector
 
-ENDS = ("bra", "ret", "exit", "bar", "barrier", "trap")
+
+def is_barrier(instruction: Instruction) -> bool:
+    """Whether it may have to wait for other warps."""
+    return instruction.opcode in ("bar", "barrier") and instruction.modifiers[:1] != ("warp",)
 
 
 @dataclass
@@ -30,7 +34,7 @@ class Block:
 class Flow:
     """A kernel, ready to be compiled; blocks are in their order."""
 
-    entry: Function
+    entry: parse.Function
     blocks: list[Block]
     registers: dict[str, str]
     variables: list[Variable]
@@ -38,7 +42,7 @@ class Flow:
     temporary: set[str]  # registers that only one block knows, and writes first
 
 
-def make_flow(module: Module, entry: Function) -> Flow:
+def make_flow(module: parse.Module, entry: parse.Function) -> Flow:
     """The control flow of a kernel."""
     registers, variables = dict(entry.registers), list(entry.variables)
     body = _inline(module, entry, registers, variables, ())
@@ -65,7 +69,7 @@ def _renamed(operand, names):
 def _inline(module, function, registers, variables, callers):
     """The body with the bodies of called functions in it, their names made unique."""
     body = []
-    for item in function.body:
+    for n, item in enumerate(function.body):
         if isinstance(item, Label) or item.opcode != "call":
             body.append(item)
             continue
@@ -76,7 +80,7 @@ def _inline(module, function, registers, variables, callers):
             raise item.unsupported(f"call of {name}, which is not defined here")
         if name in callers or item.guard:
             raise item.unsupported("recursion" if name in callers else "call under a predicate")
-        prefix = f"{name}@{item.line}:"
+        prefix = f"{name}@{n}:"
         formal = [*callee.returns, *callee.params]
         actual = [argument for arguments in lists for argument in arguments]
         names = {variable.name: given for variable, given in zip(formal, actual, strict=True)}
@@ -117,13 +121,13 @@ def _split(body) -> list[Block]:
             continue
         if last.end:
             blocks.append(Block())
-        if item.opcode in ENDS:
+        if item.opcode in ("bra", "ret", "exit", "trap") or is_barrier(item):
             blocks[-1].end = item
         else:
             blocks[-1].instructions.append(item)
     for n, block in enumerate(blocks):
         end = block.end
-        falls = end is None or end.opcode in ("bar", "barrier") or end.guard is not None
+        falls = end is None or is_barrier(end) or end.guard is not None
         if falls and n + 1 < len(blocks):
             block.following = n + 1
         if end is not None and end.opcode == "bra":

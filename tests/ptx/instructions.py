@@ -1,9 +1,6 @@
 """Instructions that compute a register from registers, as functions over arrays of lanes.
 
-`compute` gives for such an instruction functions of the register file, a list with one array a
-register: of as many lanes as a group has, or of one if all lanes agree. Arrays are never written
-to, so they may be shared. Registers of integers are unsigned arrays whatever is done with them,
-float16 lies as bits in 16-bit registers, and predicates are booleans. An opcode or a modifier that
+`compute` gives for such an instruction functions of the register file. An opcode or a modifier that
 is not known here is an error.
 """
 
@@ -12,133 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from ptx import arithmetic as ar
-from ptx.parse import SIZES, Instruction, Pair, Unsupported, Vector, literal
-
-SHARED_WINDOW, LOCAL_WINDOW = 1 << 56, 1 << 57  # where generic addresses of these spaces begin
-
-SPECIAL = {
-    *(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"),
-    *(f"%lanemask_{relation}" for relation in ("eq", "lt", "le", "gt", "ge")),
-    *("%laneid", "%warpid", "%nwarpid", "WARP_SZ"),
-}
-
-
-def dtype_of(kind: str) -> np.dtype:
-    """What values of a PTX type are computed with."""
-    if kind == "pred":
-        return np.dtype(bool)
-    letter = {"f": "f", "s": "i"}.get(kind[0], "u")
-    if kind in ("f16x2", "bf16x2"):
-        letter = "u"
-    return np.dtype(f"{letter}{SIZES[kind]}")
-
-
-def signless(dtype: np.dtype) -> np.dtype:
-    return np.dtype(f"u{dtype.itemsize}") if dtype.kind == "i" else dtype
-
-
-class Modifiers:
-    """The modifiers of an instruction, taken one by one; what is left in the end is unknown."""
-
-    def __init__(self, instruction: Instruction):
-        self.instruction, self.left = instruction, list(instruction.modifiers)
-
-    def take(self, *names: str) -> str:
-        """The one of these that is there, or ''."""
-        for name in names:
-            if name in self.left:
-                self.left.remove(name)
-                return name
-        return ""
-
-    def need(self, *names: str) -> str:
-        return self.take(*names) or self.fail(f"none of {', '.join(names)}")
-
-    def type(self) -> str:
-        if not self.left or self.left[-1] not in SIZES:
-            self.fail("no type")
-        return self.left.pop()
-
-    def fail(self, why: str = "not known"):
-        raise self.instruction.unsupported(why)
-
-    def done(self) -> None:
-        if self.left:
-            self.fail(f".{self.left[0]} is not known")
-
-
-class Slots:
-    """Where registers, constants, parameters and special registers are in the register file."""
-
-    def __init__(self, registers: dict[str, str]):
-        self.number: dict[object, int] = {}
-        self.dtypes: list[np.dtype] = []
-        self.constants: dict[int, np.ndarray] = {}
-        self.symbols: dict[str, int] = {}  # addresses of variables, known at launch
-        for name, kind in registers.items():
-            dtype = dtype_of(kind)
-            self._new(name, np.dtype("u2") if dtype == np.float16 else signless(dtype))
-
-    def _new(self, key: object, dtype: np.dtype) -> int:
-        if key not in self.number:
-            self.number[key] = len(self.dtypes)
-            self.dtypes.append(dtype)
-        return self.number[key]
-
-    def slot(self, operand: str, dtype: np.dtype) -> int:
-        """Of a register, special register, variable's address or number (of that dtype)."""
-        if operand in self.number:
-            return self.number[operand]
-        if operand in SPECIAL:
-            return self._new(operand, np.dtype("u4"))
-        if operand[0].isdigit() or operand[0] == "-":
-            kind = {"f": "f", "b": "u"}.get(dtype.kind, "u") + str(8 * dtype.itemsize)
-            value = np.frombuffer(literal(operand, kind), signless(dtype))
-            slot = self._new((operand, dtype.str), signless(dtype))
-            self.constants[slot] = value
-            return slot
-        if operand.startswith("%"):
-            raise Unsupported(f"unknown register {operand}")
-        slot = self._new(operand, np.dtype("u8"))
-        self.symbols[operand] = slot
-        return slot
-
-    def reader(self, operand: str, dtype: np.dtype, narrow: bool = False):
-        """A function of the register file that gives the operand as an array of `dtype`."""
-        if not isinstance(operand, str):
-            raise Unsupported(f"unexpected operand {operand}")
-        if operand.startswith("!"):
-            plain = self.reader(operand[1:], dtype)
-            return lambda R: ~plain(R)
-        slot = self.slot(operand, dtype)
-        have = self.dtypes[slot]
-        if have == dtype:
-            return lambda R: R[slot]
-        if have.itemsize == dtype.itemsize and (have == bool) == (dtype == bool):
-            return lambda R: R[slot].view(dtype)
-        if have.itemsize > dtype.itemsize and (narrow or operand not in self.number
-                                               or operand in SPECIAL):  # fmt: skip
-            bits = np.dtype(f"u{dtype.itemsize}")
-            return lambda R: R[slot].astype(bits).view(dtype)
-        if operand in self.symbols or operand in SPECIAL:
-            return lambda R: R[slot].astype(dtype)
-        raise Unsupported(f"{operand} is not of {8 * dtype.itemsize} bits")
-
-    def result(self, register: str, dtype: np.dtype):
-        """The slot of a register, and what makes its contents of an array of `dtype` (or None)."""
-        slot = self.number[register]
-        have = self.dtypes[slot]
-        if have == dtype:
-            return slot, None
-        if have.itemsize == dtype.itemsize and (have == bool) == (dtype == bool):
-            return slot, lambda value: value.view(have)
-        if have.itemsize > dtype.itemsize and dtype.kind in "iu" and have.kind == "u":
-            return slot, lambda value: value.astype(have)
-        if have.itemsize > dtype.itemsize and have.kind == "u":
-            bits = np.dtype(f"u{dtype.itemsize}")
-            return slot, lambda value: value.view(bits).astype(have)
-        raise Unsupported(f"{register} does not hold {dtype}")
-
+from ptx.parse import Instruction, Pair, Unsupported, Vector
+from ptx.registers import LOCAL_WINDOW, SHARED_WINDOW, Modifiers, Slots, dtype_of, signless
 
 # --- floating point -------------------------------------------------------------------------
 
@@ -294,7 +166,7 @@ def _compare(instruction: Instruction, slots: Slots, m: Modifiers):
         c = slots.reader(more[0], np.dtype(bool))
         outcomes = tuple((lambda R, o=o: join_function(o(R), c(R))) for o in outcomes)
     registers = results if isinstance(results, Pair) else (results,)
-    return [(slots.number[r], o) for r, o in zip(registers, outcomes) if r != "_"]
+    return [(slots.number[r], o) for r, o in zip(registers, outcomes, strict=False) if r != "_"]
 
 
 def _move(instruction: Instruction, slots: Slots, m: Modifiers):
@@ -308,7 +180,7 @@ def _move(instruction: Instruction, slots: Slots, m: Modifiers):
         shifts = [dtype.type(bits * n) for n in range(len(target))]
         return [
             _assign(slots, name, part, lambda R, by=by: (whole(R) >> by).astype(part))
-            for name, by in zip(target, shifts) if name != "_"
+            for name, by in zip(target, shifts, strict=True) if name != "_"
         ]  # fmt: skip
     if isinstance(source, Vector):  # pack
         bits = 8 * dtype.itemsize // len(source)
@@ -348,7 +220,9 @@ def _convert(instruction: Instruction, slots: Slots, m: Modifiers):
         if mode.endswith("i"):
             function = lambda x: ar.TO_INTEGRAL[mode](x).astype(want)  # noqa: E731
         elif want.itemsize < have.itemsize:
-            function = lambda x: ar.narrow(x, want, mode or m.fail("no rounding"))  # noqa: E731
+            if not mode:
+                m.fail("no rounding")
+            function = lambda x: ar.narrow(x, want, mode)  # noqa: E731
         else:
             function = lambda x: x.astype(want)  # noqa: E731
     elif source.startswith("f"):
@@ -417,9 +291,9 @@ def compute(instruction: Instruction, slots: Slots):
         m.done()
         name, *operands = instruction.operands
         slot, convert = slots.result(name, result)
-        readers = [slots.reader(o, dtype) for o, dtype in zip(operands, dtypes)]
-        if op != "lop3" and len(operands) != len(dtypes):
-            m.fail(f"{len(dtypes)} operands expected")
+        if op == "lop3":
+            del operands[3]  # the table
+        readers = [slots.reader(o, dtype) for o, dtype in zip(operands, dtypes, strict=True)]
     except (Unsupported, KeyError, ValueError) as error:
         if isinstance(error, Unsupported) and str(error).startswith("line "):
             raise
@@ -428,7 +302,7 @@ def compute(instruction: Instruction, slots: Slots):
         exact = function
         function = lambda *args: convert(exact(*args))  # noqa: E731
     if len(readers) == 1:
-        a, = readers
+        (a,) = readers
         return [(slot, lambda R: function(a(R)))]
     if len(readers) == 2:
         a, b = readers

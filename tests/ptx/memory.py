@@ -106,12 +106,10 @@ class Space:
 
 def _extent(array: np.ndarray) -> tuple[int, int]:
     """Address and size in bytes of an array without gaps."""
-    strides = sorted(
-        (stride, length) for stride, length in zip(array.strides, array.shape) if length > 1
-    )
+    axes = sorted(zip(array.strides, array.shape, strict=True))
     dense = array.itemsize
-    for stride, length in strides:
-        if stride != dense:
+    for stride, length in axes:
+        if length > 1 and stride != dense:
             raise ValueError("an array with gaps, or turned round, cannot be registered")
         dense *= length
     return array.ctypes.data, array.nbytes

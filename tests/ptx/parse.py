@@ -11,10 +11,8 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-SIZES = {
-    **{kind + bits: int(bits) // 8 for kind in "busf" for bits in ("8", "16", "32", "64")},
-    **{"pred": 1, "f16x2": 4, "bf16": 2, "bf16x2": 4, "b128": 16},
-}
+SIZES = {kind + str(8 * size): size for kind in "busf" for size in (1, 2, 4, 8)}
+SIZES |= {"pred": 1, "f16x2": 4, "bf16": 2, "bf16x2": 4}
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/|^[ \t]*\.(?:loc|file)\b[^\n]*", re.S | re.M)
 _TOKEN = re.compile(r'"[^"]*"|-?\d\w*(?:\.\d+)?|[%$.\w][\w$.%]*(?:::[\w.]+)*|\S')
@@ -198,9 +196,8 @@ class _Parser:
         if self.skip("="):
             initial = b"".join(literal(v, kind) for v in self.group())
             initial = initial.ljust(size, b"\0")
-        return Variable(
-            name, space, kind, None if unknown else size, align or SIZES[kind], initial
-        )
+        align = align or SIZES[kind]
+        return Variable(name, space, kind, None if unknown else size, align, initial)
 
     def group(self) -> list[str]:
         """``{a, b}``, or ``a`` alone."""
@@ -295,9 +292,7 @@ class _Parser:
         if self.skip("["):
             base = self.take()
             offset = 0
-            if self.skip("+"):
-                offset = int(self.take(), 0)
-            elif self.peek() != "]":
+            if self.skip("+") or self.peek() != "]":
                 offset = int(self.take(), 0)
             self.take("]")
             return Address(base, offset)

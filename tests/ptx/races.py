@@ -58,7 +58,8 @@ class Shadow:
         return (self.write_time[at] >= 0).reshape(-1, count).all(axis=1)
 
     def mark_written(self, offsets: np.ndarray, width: int, time: int) -> None:
-        self.write_time[self.pieces(offsets, width)[0]] = time
+        at, _ = self.pieces(offsets, width)
+        self.write_time[at] = time
 
     def access(
         self, offsets: np.ndarray, width: int, ids: np.ndarray, time: int,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-SECTOR = 32  # bytes that memory is read and written in
+SECTOR_BITS = 5
+SECTOR = 1 << SECTOR_BITS  # bytes that memory is read and written in
 
 
 class Fault(Exception):
@@ -45,8 +46,9 @@ class Report:
     """Counts of one launch.
 
     A request is a memory instruction of one warp; its sectors are the different ones, of 32 bytes,
-    that its threads touch. `requests`, `sectors` and `bytes` count accesses to global memory by
-    what they are, "load" or "store" (atomics are both), and bytes per thread.
+    that its threads touch; `bytes` that several of its threads ask for count once. `requests`,
+    `sectors` and `bytes` count accesses to global memory by what they are, "load" or "store"
+    (atomics are both), and bytes per thread.
     """
 
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)

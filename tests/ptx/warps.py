@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ptx.instructions import Modifiers, Slots
 from ptx.parse import Instruction, Pair
+from ptx.registers import Modifiers, Slots
 from ptx.report import InactiveLane
 
 U32 = np.dtype("u4")
@@ -147,4 +147,23 @@ def _match(instruction: Instruction, slots: Slots, m: Modifiers):
     return execute
 
 
-WARP_INSTRUCTIONS = {"shfl": _shuffle, "vote": _vote, "activemask": _active_mask, "match": _match}
+def _warp_barrier(instruction: Instruction, slots: Slots, m: Modifiers):
+    m.need("warp")
+    m.need("sync")
+    m.done()
+    members = slots.reader(instruction.operands[0], U32)
+
+    def execute(group, mask):
+        check_members(group, members(group.R), mask, instruction)
+        time = group.launch.time
+        group.warp_since = np.full(group.size, time) if mask is None else np.where(
+            mask, time, group.warp_since)  # fmt: skip
+        group.launch.tick(instruction)
+
+    return execute
+
+
+WARP_INSTRUCTIONS = {
+    "shfl": _shuffle, "vote": _vote, "activemask": _active_mask, "match": _match,
+    "bar": _warp_barrier,
+}  # fmt: skip
