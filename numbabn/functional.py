@@ -191,6 +191,10 @@ def batch_norm(
     the unbiased one (Ioffe and Szegedy 2015, arXiv:1502.03167; ``torch.nn.functional.batch_norm``).
     An empty batch gives an empty result and leaves the running statistics alone.
 
+    On a GPU, arrays are those of CuPy, PyTorch or Numba, or any with ``__cuda_array_interface__``
+    or DLPack, all of one kind of memory; the result is made by the library that x is from. The host
+    neither waits nor copies: gaps, or a `residual` in another memory order, are errors there.
+
     Examples
     --------
     >>> import numpy as np

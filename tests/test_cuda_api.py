@@ -261,6 +261,14 @@ def test_layer(gpu, momentum, training):
     assert int(layer.num_batches_tracked) == int(training)
 
 
+def test_layer_on_a_stream(gpu):
+    layer = numbabn.BatchNorm1d(5, affine=False, track_running_stats=False)
+    given = OnGpu(gpu, problem((6, 5, 4)))
+    layer(given.x, stream=7)
+    layer.backward(given.dy, stream=7)
+    assert set(gpu.streams) == {7}
+
+
 def test_layer_with_parameters_on_the_host(gpu):
     layer = numbabn.BatchNorm1d(5)
     with pytest.raises(TypeError, match=r"running_mean: expected a CUDA array .*a layer takes"):
