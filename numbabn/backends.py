@@ -15,3 +15,16 @@ def cpu() -> ModuleType:
     from numbabn import cpu as backend
 
     return backend
+
+
+@cache
+def device() -> ModuleType:
+    """The front door for CUDA arrays, which brings their backend with it."""
+    try:
+        from numbabn import device as door
+    except ImportError as error:
+        raise ImportError(
+            "CUDA arrays need numba-cuda: pip install 'numbabn[cuda13]' (or 'numbabn[cuda12]', "
+            f"for an older driver); importing it gave: {error}"
+        ) from error
+    return door

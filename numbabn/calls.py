@@ -133,7 +133,7 @@ def check_forward(
             checks.no_overlap("running_mean", running_mean, {"running_var": running_var})
         if running_var is not None:
             checks.writable("running_var", running_var)
-        checks.several_values(x.size // C if C else 0, x)
+        checks.several_values(x.size // C if C else 0, x.shape)
     if x.size == 0:
         view = View(False, 0, C, 0, None)
         if out is not None:

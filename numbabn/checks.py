@@ -15,12 +15,21 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
+_CUDA = (2, 13)  # DLPack's kDLCUDA and kDLCUDAManaged
+
 FLOATS = "float32, float64, float16 or bfloat16"
 
 
 def is_cuda(value: Any) -> bool:
     """Whether `value` lives on a CUDA device."""
-    return hasattr(value, "__cuda_array_interface__")
+    if isinstance(value, np.ndarray):
+        return False
+    try:
+        if hasattr(value, "__cuda_array_interface__"):
+            return True
+        return hasattr(value, "__dlpack_device__") and value.__dlpack_device__()[0] in _CUDA
+    except RuntimeError:  # PyTorch has one, but does not lend tensors that want gradients
+        return bool(getattr(value, "is_cuda", True))
 
 
 def is_floating(dtype: np.dtype[Any]) -> bool:
@@ -49,11 +58,6 @@ def floating(name: str, given: Any) -> Array:
 
 def input_array(name: str, given: Any) -> Array:
     """`given` as an array with channels: floats, rank 2 or more."""
-    if is_cuda(given):
-        raise TypeError(
-            f"{name}: got a CUDA array; this version of numbabn computes on the CPU, "
-            "expected a NumPy array"
-        )
     value = floating(name, given)
     if value.ndim < 2:
         raise ValueError(
@@ -130,11 +134,11 @@ def relu(activation: Any) -> bool:
     raise ValueError(f"activation: expected None or 'relu', got {activation!r}")
 
 
-def several_values(count: int, x: Array) -> None:
+def several_values(count: int, shape: tuple[int, ...]) -> None:
     """Variance needs more than one value."""
     if count == 1:
         raise ValueError(
-            f"x: Expected more than 1 value per channel when training, got shape {x.shape}"
+            f"x: Expected more than 1 value per channel when training, got shape {shape}"
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from numbabn import checks, layout
-from numbabn.backends import cpu
+from numbabn.backends import cpu, device
 from numbabn.calls import (
     Call,
     check_forward,
@@ -78,6 +78,9 @@ class Saved(NamedTuple):
     @property
     def mean(self) -> NDArray[np.float64]:
         """Mean of each channel, shape (C,)."""
+        if not isinstance(self.table, np.ndarray):
+            there: Array = device().saved_mean(self)
+            return there
         mean, rest, invstd = self.table[:3]
         apart = np.zeros_like(mean)
         np.divide(rest, invstd, out=apart, where=rest != 0)
@@ -92,6 +95,9 @@ class Saved(NamedTuple):
     @property
     def invstd(self) -> NDArray[np.float64]:
         """``1 / sqrt(var + eps)`` of each channel, shape (C,)."""
+        if not isinstance(self.table, np.ndarray):
+            there: Array = device().saved_invstd(self)
+            return there
         invstd: Array = self.table[2].copy()
         return invstd
 
@@ -166,8 +172,8 @@ def batch_norm(
         Added before the activation.
     out : array of the shape, dtype and memory order of x, or None
         Where to write the result; may be `x` itself.
-    stream
-        For CUDA arrays only.
+    stream : int, stream object of CuPy, PyTorch or Numba, or None
+        Where a call on CUDA arrays puts its work; None means the stream that x is on.
 
     Returns
     -------
@@ -184,6 +190,10 @@ def batch_norm(
     of the batch, and ``running ← (1 - momentum)·running + momentum·batch``, where the variance is
     the unbiased one (Ioffe and Szegedy 2015, arXiv:1502.03167; ``torch.nn.functional.batch_norm``).
     An empty batch gives an empty result and leaves the running statistics alone.
+
+    On a GPU, arrays are those of CuPy, PyTorch or Numba, or any with ``__cuda_array_interface__``
+    or DLPack, all of one kind of memory; the result is made by the library that x is from. The host
+    neither waits nor copies: gaps, or a `residual` in another memory order, are errors there.
 
     Examples
     --------
@@ -214,6 +224,11 @@ def batch_norm(
             return _forward(
                 x, found.view, channels, training, momentum, eps, relu, None, out, False
             )[0]  # fmt: skip
+    if checks.is_cuda(x):
+        return device().batch_norm(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
+            activation, residual, out, stream,
+        )  # fmt: skip
     call = check_forward(
         x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
         activation, residual, out, stream, in_place=True,
@@ -296,6 +311,12 @@ def batch_norm_forward(
                 bool(training), x.shape, found.axis, x.dtype, found.nothing.dtype, found.view,
                 flat, table, None, relu, False,
             )  # fmt: skip
+    if checks.is_cuda(x):
+        done: tuple[Any, Saved] = device().batch_norm_forward(
+            x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
+            activation, residual, out, stream,
+        )  # fmt: skip
+        return done
     call = check_forward(
         x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
         activation, residual, out, stream, in_place=False,
@@ -355,6 +376,7 @@ def batch_norm_backward(
     *,
     needs: tuple[bool, bool, bool] = (True, True, True),
     out: Any = None,
+    stream: Any = None,
 ) -> tuple[Any, ...]:
     """Carry ``grad_output = dL/dy`` back through `batch_norm_forward`, in the mode it ran in.
 
@@ -368,6 +390,8 @@ def batch_norm_backward(
         Which of the three gradients are wanted; the others are None, and cost nothing.
     out : array of the shape, dtype and memory order of x, or None
         Where to write ``grad_input``; may be `grad_output` itself.
+    stream
+        For CUDA arrays only; see `batch_norm`.
 
     Returns
     -------
@@ -403,7 +427,8 @@ def batch_norm_backward(
     """
     wanted = checks.needs(needs)
     if not (
-        isinstance(saved, Saved)
+        stream is None
+        and isinstance(saved, Saved)
         and type(grad_output) is np.ndarray
         and grad_output.shape == saved.shape
         and grad_output.dtype is saved.dtype
@@ -411,15 +436,21 @@ def batch_norm_backward(
         and found.view == saved.view
         and (out is None or lies_apart(out, grad_output, (saved.x,), out is grad_output))
     ):
-        return _backward_checked(grad_output, saved, wanted, out)
+        return _backward_checked(grad_output, saved, wanted, out, stream)
     return _backward(grad_output, grad_output, saved, wanted, out)
 
 
 def _backward_checked(
-    grad_output: Any, saved: Saved, needs: tuple[bool, bool, bool], out: Any
+    grad_output: Any, saved: Saved, needs: tuple[bool, bool, bool], out: Any, stream: Any
 ) -> tuple[Any, ...]:
     """The backward pass for arguments that may need conversion, or be wrong."""
+    if isinstance(saved, Saved) and not isinstance(saved.table, np.ndarray):
+        grads: tuple[Any, ...] = device().batch_norm_backward(
+            grad_output, saved, needs, out, stream
+        )
+        return grads
     given, dense_grad = _check_gradient(grad_output, saved)
+    checks.no_stream(stream)
     if out is not None:
         check_target(out, given, saved.view)
     if given.size == 0:

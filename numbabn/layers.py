@@ -187,7 +187,7 @@ class _BatchNorm:
         """Do what `forward` does."""
         return self.forward(x, **options)
 
-    def backward(self, grad_output: Any, *, out: Any = None) -> Any:
+    def backward(self, grad_output: Any, *, out: Any = None, stream: Any = None) -> Any:
         """Carry a gradient back through the last forward call, in the mode that it ran in.
 
         The gradients of weight and bias are added to ``weight_grad`` and ``bias_grad``, in both
@@ -199,6 +199,8 @@ class _BatchNorm:
             Gradient of the loss with respect to the output.
         out : array of the shape, dtype and layout of x, or None
             Where to write ``grad_input``.
+        stream
+            CUDA stream, for arrays on a GPU.
 
         Returns
         -------
@@ -218,7 +220,9 @@ class _BatchNorm:
                 "backward: expected a forward call before it, one that saves what backward needs"
             )
         needs = (True, self.weight is not None, self.bias is not None)
-        grads = functional.batch_norm_backward(grad_output, self._saved, needs=needs, out=out)
+        grads = functional.batch_norm_backward(
+            grad_output, self._saved, needs=needs, out=out, stream=stream
+        )
         grad_input, grad_weight, grad_bias = grads[:3]
         if grad_weight is not None:
             self.weight_grad = _accumulate(self.weight_grad, grad_weight)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from numbabn import checks, layout
-from numbabn.backends import cpu
+from numbabn.backends import cpu, device
 from numbabn.calls import check_target, dense, laid_out
 from numbabn.stats import Stats
 
@@ -31,7 +31,7 @@ def _float64(name: str, value: Any, C: int) -> Array:
     return np.array(checks.per_channel(name, value, C), np.float64)
 
 
-def batch_norm_stats(x: Any, *, channel_axis: int = 1) -> Stats:
+def batch_norm_stats(x: Any, *, channel_axis: int = 1, stream: Any = None) -> Stats:
     """Count, mean and sum of squared deviations of each channel.
 
     Parameters
@@ -40,6 +40,8 @@ def batch_norm_stats(x: Any, *, channel_axis: int = 1) -> Stats:
         float32, float64, float16 or bfloat16, in any memory order; with gaps it is copied once.
     channel_axis : int
         Axis of the channels; may be negative.
+    stream
+        For CUDA arrays only; see `numbabn.batch_norm`.
 
     Returns
     -------
@@ -63,8 +65,11 @@ def batch_norm_stats(x: Any, *, channel_axis: int = 1) -> Stats:
     >>> stats.count, stats.mean, stats.var
     (2, array([2., 5.]), array([1., 0.]))
     """
+    if checks.is_cuda(x):
+        return Stats(*device().batch_norm_stats(x, channel_axis, stream))
     x = checks.input_array("x", x)
     axis = checks.axis(channel_axis, x.ndim)
+    checks.no_stream(stream)
     C = x.shape[axis]
     if x.size == 0:
         return Stats(0, np.zeros(C), np.zeros(C))
@@ -115,6 +120,10 @@ def normalize(
     array([[2., 1.],
            [6., 1.]])
     """
+    if checks.is_cuda(x):
+        return device().normalize(
+            x, scale, shift, channel_axis, activation, residual, out, stream
+        )  # fmt: skip
     x = checks.input_array("x", x)
     axis = checks.axis(channel_axis, x.ndim)
     checks.no_stream(stream)
@@ -149,8 +158,9 @@ def _check_pair(grad_output: Any, x: Any, channel_axis: Any) -> tuple[Array, Arr
 
 
 def batch_norm_backward_reduce(
-    grad_output: Any, x: Any, mean: ArrayLike, invstd: ArrayLike, *, channel_axis: int = 1
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    grad_output: Any, x: Any, mean: ArrayLike, invstd: ArrayLike, *, channel_axis: int = 1,
+    stream: Any = None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # fmt: skip
     """The two sums per channel that the backward pass needs of the whole batch.
 
     Parameters
@@ -163,6 +173,8 @@ def batch_norm_backward_reduce(
         What x was normalized with, best in float64; `invstd` is ``1 / sqrt(var + eps)``.
     channel_axis : int
         Axis of the channels; may be negative.
+    stream
+        For CUDA arrays only; see `numbabn.batch_norm`.
 
     Returns
     -------
@@ -181,7 +193,13 @@ def batch_norm_backward_reduce(
     >>> batch_norm_backward_reduce(dy, x, np.array([2.0]), np.array([1.0]))
     (array([3.]), array([1.]))
     """
+    if checks.is_cuda(x):
+        sums: tuple[Any, Any] = device().batch_norm_backward_reduce(
+            grad_output, x, mean, invstd, channel_axis, stream
+        )
+        return sums
     grad_output, x, axis = _check_pair(grad_output, x, channel_axis)
+    checks.no_stream(stream)
     C = x.shape[axis]
     mean, _ = _float64("mean", mean, C), _float64("invstd", invstd, C)
     if x.size == 0:
@@ -206,6 +224,7 @@ def batch_norm_backward_elemt(
     *,
     channel_axis: int = 1,
     out: Any = None,
+    stream: Any = None,
 ) -> Any:
     """Training's input gradient, given the sums over the whole batch.
 
@@ -227,6 +246,8 @@ def batch_norm_backward_elemt(
         Axis of the channels; may be negative.
     out : array of the shape, dtype and memory order of x, or None
         Where to write the result; may be `grad_output` or `x` itself.
+    stream
+        For CUDA arrays only; see `numbabn.batch_norm`.
 
     Returns
     -------
@@ -252,7 +273,13 @@ def batch_norm_backward_elemt(
     array([[ 0.1875],
            [-0.1875]])
     """
+    if checks.is_cuda(x):
+        return device().batch_norm_backward_elemt(
+            grad_output, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count, channel_axis, out,
+            stream,
+        )  # fmt: skip
     grad_output, x, axis = _check_pair(grad_output, x, channel_axis)
+    checks.no_stream(stream)
     C = x.shape[axis]
     mean, invstd = _float64("mean", mean, C), _float64("invstd", invstd, C)
     gamma = np.empty(0) if weight is None else _float64("weight", weight, C)

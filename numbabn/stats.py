@@ -10,9 +10,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+from numbabn import checks
 
 __all__ = ["Stats", "merge_stats"]
 
@@ -159,6 +162,10 @@ def merge_stats(stats: Iterable[Stats]) -> Stats:
             raise ValueError(
                 f"stats[{i}]: expected mean of shape {items[0].mean.shape}, got {item.mean.shape}"
             )
+        if not isinstance(item.mean, np.ndarray):
+            raise TypeError(
+                f"stats[{i}]: expected NumPy arrays, got CUDA arrays; copy mean and m2 to the host"
+            )
     filled = [item for item in items if item.count > 0]
     if not filled:
         nothing = np.zeros_like(items[0].mean)
@@ -216,6 +223,8 @@ def _two_product(a: FloatArray, b: float) -> tuple[FloatArray, FloatArray]:
 
 def _vector(name: str, value: object) -> FloatArray:
     """``value`` as a float64 vector, or an error that names it."""
+    if checks.is_cuda(value):  # which `batch_norm_stats` made
+        return cast(FloatArray, value)
     array = np.asarray(value)
     if array.dtype.kind not in "fiu":
         raise TypeError(f"{name}: expected real numbers, got dtype {array.dtype}")

@@ -79,6 +79,16 @@ def known_table(
     return table
 
 
+def mean_of(table: DeviceArray, C: int, queue: Queue) -> DeviceArray:
+    """The float64 means that a table was made with."""
+    mean = queue.empty(C)
+    variant = launch.kernel(channels.finish_mean, FLOAT64, True, False)
+    launch.launch(
+        variant, (-(-C // 128),), (128,), 0, queue.stream, (table.address, C, mean.address)
+    )
+    return mean
+
+
 def forward_eval(
     x: DeviceArray, residual: DeviceArray | None, bits: DeviceArray | None, out: DeviceArray,
     view: View, weight: DeviceArray, bias: DeviceArray, running_mean: DeviceArray,

@@ -252,6 +252,20 @@ def finish_known(storage, aligned, wide):
     return finish_known
 
 
+def finish_mean(storage, aligned, wide):
+    """The means that the table was made with, in float64."""
+
+    def finish_mean(table: Address, C: Size, mean: Address) -> None:
+        C = index(C)
+        c = index(cuda.blockIdx.x) * index(cuda.blockDim.x) + index(cuda.threadIdx.x)
+        if c < C:
+            middle, rest = load_float64(table, c), load_float64(table, C * REST + c)
+            apart = rest / load_float64(table, C * INVSTD + c) if rest != 0.0 else 0.0
+            store_float64(mean, c, middle + apart)
+
+    return finish_mean
+
+
 def finish_sums(storage, aligned, wide):
     """Merge the chunks of backward sums into dbias and dweight, and `slopes`."""
 

@@ -101,11 +101,32 @@ def _run_on_device(
     kernel: Kernel, grid: Dims, block: Dims, shared_bytes: int, stream: int,
     arguments: tuple[Any, ...],
 ) -> None:  # fmt: skip
-    kernel.dispatcher[grid, block, _stream(stream), shared_bytes](*arguments)
+    _require_driver()
+    kernel.dispatcher[grid, block, stream_object(stream), shared_bytes](*arguments)
 
 
 @cache
-def _stream(handle: int) -> Any:
+def _require_driver() -> None:
+    """Raise unless there is a device; it is asked once that it has been found."""
+    if not cuda.is_available():
+        raise RuntimeError(
+            "CUDA arrays need a CUDA driver and a device, and numba.cuda finds none: install "
+            "NVIDIA's driver, and numba-cuda for its version (pip install 'numbabn[cuda13]' or "
+            "'numbabn[cuda12]')"
+        )
+
+
+def follow(stream: int, other: int) -> None:
+    """Have what comes on `stream` wait for what is on `other` by now; the host does not wait."""
+    _require_driver()
+    event = cuda.event(timing=False)
+    event.record(stream_object(other))
+    event.wait(stream_object(stream))
+
+
+@cache
+def stream_object(handle: int) -> Any:
+    """Numba's stream of that handle."""
     if handle == 0:
         return cuda.default_stream()
     if handle == 1:
