@@ -14,7 +14,8 @@ import numpy as np
 
 from ptx.races import Shadow
 
-Rows = tuple[np.ndarray, int]
+# What NumPy moves as a whole, for each size of an access.
+_UNITS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}
 
 
 class Buffer:
@@ -23,18 +24,16 @@ class Buffer:
     def __init__(self, data: np.ndarray, origin: int):
         self.data, self.origin = data, origin
         self.shadow: Shadow | None = None
-        self._rows: dict[tuple[np.dtype, int], Rows] = {}
+        self._units: dict[int, tuple[np.ndarray, int]] = {}
 
-    def rows(self, dtype: np.dtype, count: int) -> Rows:
-        """The bytes as an array of `count` numbers a row, and the first row's address."""
-        key = dtype, count
-        if key not in self._rows:
-            width = dtype.itemsize * count
+    def units(self, width: int) -> tuple[np.ndarray, int]:
+        """The bytes as units at multiples of `width`, and how far from `origin` they begin."""
+        if width not in self._units:
             skip = -self.origin % width
-            rows = max(0, (self.data.size - skip) // width)
-            view = self.data[skip : skip + rows * width].view(dtype)
-            self._rows[key] = (view if count == 1 else view.reshape(-1, count), self.origin + skip)
-        return self._rows[key]
+            count = max(0, (self.data.size - skip) // width)
+            view = self.data[skip : skip + count * width].view(_UNITS[width])
+            self._units[width] = view, skip
+        return self._units[width]
 
 
 @dataclass
