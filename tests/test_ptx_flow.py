@@ -266,6 +266,24 @@ def test_dynamic_shared_memory_and_module_variables():
         result(body, before=before, shared_bytes=380)
 
 
+def test_module_variables_outlive_a_launch():
+    entry = kernel("""ld.param.u64 %rd1, [x]; atom.global.add.u32 %r1, [count], 1;
+        st.global.u32 [%rd1], %r1; ret;""", before=".global .align 4 .u32 count = 5;")  # fmt: skip
+    x, memory = np.zeros(1, np.uint32), ptx.Memory()
+    address = memory.register(x, "x")
+    for expected in (5, 6):
+        ptx.run(entry, 1, 1, [address], memory)
+        assert x[0] == expected
+
+
+def test_what_a_kernel_declares():
+    entry = kernel(
+        ".shared .align 8 .b8 a[24]; .shared .f32 b; ret;", ".param .u64 x, .param .f32 y"
+    )
+    assert entry.shared_bytes == 28
+    assert [(p.type, p.size) for p in entry.params] == [("u64", 8), ("f32", 4)]
+
+
 @SEEDS
 def test_atomics(seed):
     code = (

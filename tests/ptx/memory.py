@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ptx.parse import Variable
 from ptx.races import Shadow
 
 # What NumPy moves as a whole, for each size of an access.
@@ -119,7 +120,8 @@ class Memory:
 
     def __init__(self) -> None:
         self.space = Space("global")
-        self._owners: list[np.ndarray] = []
+        self._owners: list[object] = []
+        self._variables: dict[tuple[int, str], int] = {}
 
     def register(self, array: np.ndarray, name: str, writable: bool = True) -> int:
         """Let kernels read `array`, and write it if `writable`; returns its address."""
@@ -131,10 +133,14 @@ class Memory:
             self._owners.append(array)
         return base
 
-    def allocate(self, size: int, name: str, initial: bytes = b"", writable: bool = True) -> int:
-        """New memory, aligned to 256 bytes, for a variable of a module; returns its address."""
-        store = np.zeros(size + 256, np.uint8)
-        skip = -store.ctypes.data % 256
-        store[skip : skip + len(initial)] = np.frombuffer(initial, np.uint8)
-        self._owners.append(store)
-        return self.register(store[skip : skip + size], name, writable)
+    def variable(self, module: object, v: Variable) -> int:
+        """The address of a module's variable, which lives as long as the memory."""
+        key = id(module), v.name
+        if key not in self._variables:
+            store = np.zeros(v.size + 256, np.uint8)
+            skip = -store.ctypes.data % 256
+            store[skip : skip + len(v.initial)] = np.frombuffer(v.initial, np.uint8)
+            self._owners += [store, module]
+            data = store[skip : skip + v.size]
+            self._variables[key] = self.register(data, v.name, v.space == "global")
+        return self._variables[key]
