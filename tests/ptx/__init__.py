@@ -45,7 +45,7 @@ from ptx.report import (
     ReadOnly,
     Report,
     Uninitialised,
-)  # fmt: skip
+)
 
 __all__ = [
     "DivergentBarrier", "Fault", "Function", "InactiveLane", "Memory", "Misaligned", "Module",
