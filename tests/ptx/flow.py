@@ -197,9 +197,7 @@ def _sequence(nodes: list[int], edges: dict[int, list[int]]) -> list[int]:
         head, rest = component[0], component[1:]  # found first, so entered from outside
         order.append(head)
         if rest:
-            inside = set(rest)
-            starts = [n for n in edges[head] if n in inside]
-            rest = list(dict.fromkeys([*starts, *rest]))
+            inside = set(rest)  # in the order in which they were found from the head
             order += _sequence(rest, {n: [m for m in edges[n] if m in inside] for n in rest})
     return order
 
