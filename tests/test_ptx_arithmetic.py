@@ -33,8 +33,9 @@ def test_fma_rounds_once(kind, how):
     a, b, c = (numbers(kind, N, seed) for seed in (1, 2, 3))
     rng = np.random.default_rng(4)
     if how == "ties":  # a product of few bits, and a sum that ends near the middle of two numbers
-        a, b = (1 + rng.integers(0, 1 << bits // 2, N) / 2.0 ** (bits // 2) for _ in "ab")
-        c = rng.choice([1, -1], N) * 2.0 ** rng.integers(-2 * bits if kind != "f16" else -20, 4, N)
+        a, b = (1 + rng.integers(0, 1 << n, N) / 2.0**n for n in (bits // 2, bits - bits // 2))
+        least = -20 if kind == "f16" else -2 * bits - 20
+        c = rng.choice([1, -1], N) * 2.0 ** rng.integers(least, 4, N)
         c = c * (1 + rng.integers(0, 2, N) * 2.0 ** (1 - bits))
     elif how == "cancel":
         a, b = (rng.standard_normal(N).astype(dtype(kind)) for _ in "ab")
@@ -43,6 +44,9 @@ def test_fma_rounds_once(kind, how):
         smallest = {"f16": -24, "f32": -149, "f64": -1074}[kind]
         a, b = (rng.standard_normal(N) * 2.0 ** (smallest // 2 + 3) for _ in "ab")
         c = rng.integers(-5, 5, N) * np.ldexp(1.0, smallest)
+        if kind == "f32":  # next to the middle of two denormals, by less than float64 can tell
+            a[:64], b[:64] = 2.0**-75 * (1 + 2.0**-23), 2.0**-75 * (1 - 2.0**-23)
+            c[:64] = 2.0**-127 + 2.0**-149
     a, b, c = (np.asarray(x, dtype(kind)) for x in (a, b, c))
     got = lanes(f"fma.rn.{kind} %d, %a, %b, %c;", kind, (kind, a), (kind, b), (kind, c))
     finite = np.isfinite(a) & np.isfinite(b) & np.isfinite(c)

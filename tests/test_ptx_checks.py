@@ -174,6 +174,29 @@ def test_neighbouring_bytes_do_not_race():
         run(kernel(code + "ld.shared.u16 %rs2, [one]; ret;", ""), 1, 2, [])
 
 
+@pytest.mark.parametrize("writer", [0, 5, 31, 32, 63])
+def test_a_write_races_with_any_earlier_reader(writer):
+    code = (
+        SHARED
+        + f"""st.shared.u32 [%r4], %r1; bar.sync 0; {{}}
+        setp.eq.u32 %p1, %r1, {writer}; @%p1 st.shared.u32 [one], %r1; ret;"""
+    )
+    read = "setp.{}.u32 %p2, %r1, {}; @%p2 ld.shared.u32 %r5, [one];"
+    other = 40 if writer < 40 else 3
+    own, others = read.format("eq", writer), read.format("eq", other)
+    for reads in (
+        "ld.shared.u32 %r5, [one];",
+        own + others,
+        others + own,
+        read.format("ge", other),
+    ):
+        with pytest.raises(ptx.RaceFault, match="one was read by"):
+            run(kernel(code.format(reads), ""), 1, 64, [])
+    # Who read before a barrier does not matter, whoever read since.
+    for reads in ("", own, others + "bar.sync 0;", "ld.shared.u32 %r5, [one]; bar.sync 0;" + own):
+        run(kernel(code.format(reads), ""), 1, 64, [])
+
+
 @SEEDS
 def test_races_in_global_memory(seed):
     def attempt(code, grid, block):
@@ -237,6 +260,18 @@ def test_divergent_barrier(bound, seed):
             2, 64, [], seed=seed)  # fmt: skip
 
 
+@SEEDS
+def test_a_warp_comes_to_a_barrier_as_a_whole(seed):
+    """Half of each warp waits in the loop's first turn, the other half in its second."""
+    code = """mov.u32 %r1, %tid.x; and.b32 %r2, %r1, {};
+        setp.ne.u32 %p1, %r2, 0; selp.u32 %r2, 1, 0, %p1;
+        mov.u32 %r3, 0; L: setp.ne.u32 %p2, %r2, %r3; @%p2 bra NEXT; bar.sync 0;
+        NEXT: add.u32 %r3, %r3, 1; setp.lt.u32 %p3, %r3, 2; @%p3 bra L; ret;"""
+    with pytest.raises(ptx.DivergentBarrier, match="is elsewhere while other threads of its warp"):
+        run(kernel(code.format(16), ""), 1, 64, [], seed=seed)
+    run(kernel(code.format(64), ""), 1, 64, [], seed=seed)
+
+
 def test_threads_that_have_ended_are_not_waited_for():
     code = "mov.u32 %r1, %tid.x; setp.ge.u32 %p1, %r1, 40; @%p1 ret; bar.sync 0; ret;"
     assert run(kernel(code, ""), 3, 64, []).barriers == 3
@@ -272,6 +307,14 @@ def test_shuffles_with_missing_lanes(bound, by, members, why):
     else:
         with pytest.raises(ptx.InactiveLane, match=why):
             run(entry, 2, 32, [])
+
+
+def test_shuffles_from_threads_that_have_ended():
+    code = """mov.u32 %r1, %tid.x; setp.ge.u32 %p1, %r1, 16; @%p1 ret;
+        shfl.sync.bfly.b32 %r2, %r1, {}, 31, -1; ret;"""
+    run(kernel(code.format(8), ""), 1, 32, [])
+    with pytest.raises(ptx.InactiveLane, match="reads a lane"):
+        run(kernel(code.format(16), ""), 1, 32, [])
 
 
 def test_shuffles_from_lanes_that_a_short_warp_lacks():

@@ -243,6 +243,25 @@ def test_sectors_of_strided_loads(stride, sectors):
     assert report.by_array["load", "x"] == report.first_touch["load"]
 
 
+def test_sectors_and_bytes_do_not_depend_on_the_order_of_lanes():
+    entry = kernel(
+        THREAD
+        + """ld.param.u64 %rd1, [x]; mul.lo.u32 %r4, %r1, 9; and.b32 %r4, %r4, 15;
+        mul.wide.u32 %rd2, %r4, 4; add.s64 %rd2, %rd1, %rd2; ld.global.u32 %r5, [%rd2]; ret;"""
+    )
+    store = np.zeros(40, np.uint32)
+    report = run(entry, 1, 64, [store[-store.ctypes.data % 32 // 4 :]])
+    assert report.sectors["load", 4] == 2 * 2
+    assert report.bytes["load", 4] == 2 * 64
+
+
+def test_constant_predicates():
+    x = result("""mov.pred %p1, -1; mov.pred %p2, 0; not.pred %p3, %p1; or.pred %p2, %p2, %p3;
+        selp.b32 %r4, 1, 0, %p1; selp.b32 %r5, 2, 0, %p2; xor.pred %p4, %p1, %p2;
+        selp.b32 %r6, 4, 0, %p4; add.u32 %r9, %r4, %r5; add.u32 %r9, %r9, %r6;""")
+    np.testing.assert_array_equal(x, 5)
+
+
 def test_generic_addresses_and_local_memory():
     x = result("""
         .local .align 8 .b8 depot[16]; .shared .align 4 .b8 room[384];
@@ -264,6 +283,24 @@ def test_dynamic_shared_memory_and_module_variables():
     np.testing.assert_array_equal(result(body, before=before, shared_bytes=384), 47)
     with pytest.raises(ptx.OutOfBounds):
         result(body, before=before, shared_bytes=380)
+
+
+def test_module_variables_outlive_a_launch():
+    entry = kernel("""ld.param.u64 %rd1, [x]; atom.global.add.u32 %r1, [count], 1;
+        st.global.u32 [%rd1], %r1; ret;""", before=".global .align 4 .u32 count = 5;")  # fmt: skip
+    x, memory = np.zeros(1, np.uint32), ptx.Memory()
+    address = memory.register(x, "x")
+    for expected in (5, 6):
+        ptx.run(entry, 1, 1, [address], memory)
+        assert x[0] == expected
+
+
+def test_what_a_kernel_declares():
+    entry = kernel(
+        ".shared .align 8 .b8 a[24]; .shared .f32 b; ret;", ".param .u64 x, .param .f32 y"
+    )
+    assert entry.shared_bytes == 28
+    assert [(p.type, p.size) for p in entry.params] == [("u64", 8), ("f32", 4)]
 
 
 @SEEDS

@@ -30,23 +30,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ptx import report as _report
 from ptx.machine import Launch
 from ptx.memory import Memory
 from ptx.parse import Function, Module, Unsupported
 from ptx.parse import parse as _parse
 from ptx.program import Program
-from ptx.report import Fault, Report
+from ptx.report import (
+    DivergentBarrier,
+    Fault,
+    InactiveLane,
+    Misaligned,
+    OutOfBounds,
+    RaceFault,
+    ReadOnly,
+    Report,
+    Uninitialised,
+)
 
-DivergentBarrier = _report.DivergentBarrier
-InactiveLane = _report.InactiveLane
-Misaligned = _report.Misaligned
-OutOfBounds = _report.OutOfBounds
-RaceFault = _report.RaceFault
-ReadOnly = _report.ReadOnly
-Uninitialised = _report.Uninitialised
-
-__all__ = ["Fault", "Function", "Memory", "Module", "Report", "Unsupported", "parse", "run"]
+__all__ = [
+    "DivergentBarrier", "Fault", "Function", "InactiveLane", "Memory", "Misaligned", "Module",
+    "OutOfBounds", "RaceFault", "ReadOnly", "Report", "Uninitialised", "Unsupported", "compiled",
+    "parse", "run",
+]  # fmt: skip
 
 
 def parse(text: str) -> Module:

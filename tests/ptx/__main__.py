@@ -46,7 +46,8 @@ def main() -> None:
                 report = run(entry, 256, 256, addresses, memory, check_races=check_races)
                 seconds.append(perf_counter() - start)
             speed = report.instructions / min(seconds) / 1e6
-            print(f"{name}, races {'' if check_races else 'un'}checked: {speed:.0f} million/s")
+            checked = "checked" if check_races else "unchecked"
+            print(f"{name}, races {checked}: {speed:.0f} million/s")
 
 
 if __name__ == "__main__":

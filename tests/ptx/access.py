@@ -23,8 +23,10 @@ class Access:
         self.dtype = signless(dtype_of(kind)) if kind[0] != "s" else dtype_of(kind)
         if self.dtype == np.float16:
             self.dtype = np.dtype("u2")
-        self.count = int(m.take("v2", "v4", "v8")[1:] or 1)
+        self.count = int(m.take("v2", "v4")[1:] or 1)
         self.width = self.dtype.itemsize * self.count
+        if self.width > 16:
+            m.fail("wider than 16 bytes")
         self.space = m.take(*_SPACES)
         m.take("cta")  # of shared::cta
         while m.take(*_HINTS):
@@ -148,11 +150,10 @@ class Access:
             why = f"in {region.name} was not written yet"
             self._fail(Uninitialised, group, lanes, n, addresses, why)
 
-    def rows(self, buffer: Buffer, offsets, count: int, dtype):
-        """The buffer as rows of an access, and which rows."""
-        view, start = buffer.rows(dtype, count)
-        skip = start - buffer.origin
-        return view, (offsets - skip if skip else offsets) // self.width
+    def units(self, buffer: Buffer, offsets):
+        """The buffer as an array of what the access moves, and indices of it."""
+        view, skip = buffer.units(self.width)
+        return view, (offsets - skip if skip else offsets) >> (self.width.bit_length() - 1)
 
 
 def _load(instruction: Instruction, slots: Slots, m: Modifiers):
@@ -173,18 +174,18 @@ def _load(instruction: Instruction, slots: Slots, m: Modifiers):
         places = access.places(group, addresses, lanes, "load")
         values = None
         for buffer, offsets, pick in places:
-            view, index = access.rows(buffer, offsets, access.count, dtype)
-            got = view.take(index, axis=0)
+            units, index = access.units(buffer, offsets)
             if pick is None:
-                values = got
+                values = units.take(index)
             else:
                 if values is None:
-                    values = np.empty((addresses.size, *got.shape[1:]), dtype)
-                values[pick] = got
+                    values = np.empty(addresses.size, units.dtype)
+                values[pick] = units.take(index)
+        values = values.view(dtype).reshape(-1, access.count)
         for n, result in enumerate(results):
             if result:
                 slot, convert = result
-                one = values if access.count == 1 else np.ascontiguousarray(values[:, n])
+                one = np.ascontiguousarray(values[:, n])
                 group.put_lanes(slot, convert(one) if convert else one, lanes)
 
     return execute
@@ -200,13 +201,14 @@ def _store(instruction: Instruction, slots: Slots, m: Modifiers):
     def execute(group, mask):
         addresses, lanes = access.addresses(group, mask)
         places = access.places(group, addresses, lanes, "store")
-        columns = [group.full(read(group.R)) for read in readers]
-        values = columns[0] if access.count == 1 else np.stack(columns, axis=1)
-        if lanes is not None:
-            values = values[lanes]
+        values = np.empty((addresses.size, access.count), access.dtype)
+        for n, read in enumerate(readers):
+            column = read(group.R)
+            values[:, n] = column if lanes is None or column.size == 1 else column[lanes]
         for buffer, offsets, pick in places:
-            view, index = access.rows(buffer, offsets, access.count, access.dtype)
-            view[index] = values if pick is None else values[pick]
+            units, index = access.units(buffer, offsets)
+            moved = values.view(units.dtype).ravel()
+            units[index] = moved if pick is None else moved[pick]
 
     return execute
 
@@ -240,7 +242,8 @@ def _atomic(instruction: Instruction, slots: Slots, m: Modifiers):
         b, c = operands[0], operands[-1]
         old = np.empty(addresses.size, access.dtype)
         for buffer, offsets, pick in places:
-            view, index = access.rows(buffer, offsets, 1, access.dtype)
+            units, index = access.units(buffer, offsets)
+            view = units.view(access.dtype)
             which = np.arange(addresses.size) if pick is None else pick
             for n in group.launch.order(which.size):  # one thread after the other
                 k, at = which[n], index[n]

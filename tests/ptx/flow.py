@@ -11,8 +11,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ptx import parse
-from ptx.parse import Address, Arguments, Instruction, Label, Pair, Variable, Vector
+from ptx.parse import (
+    Address,
+    Arguments,
+    Function,
+    Instruction,
+    Label,
+    Module,
+    Pair,
+    Variable,
+    Vector,
+)
 
 
 def is_barrier(instruction: Instruction) -> bool:
@@ -34,7 +43,7 @@ class Block:
 class Flow:
     """A kernel, ready to be compiled; blocks are in their order."""
 
-    entry: parse.Function
+    entry: Function
     blocks: list[Block]
     registers: dict[str, str]
     variables: list[Variable]
@@ -42,7 +51,7 @@ class Flow:
     temporary: set[str]  # registers that only one block knows, and writes first
 
 
-def make_flow(module: parse.Module, entry: parse.Function) -> Flow:
+def make_flow(module: Module, entry: Function) -> Flow:
     """The control flow of a kernel."""
     registers, variables = dict(entry.registers), list(entry.variables)
     body = _inline(module, entry, registers, variables, ())
@@ -188,9 +197,7 @@ def _sequence(nodes: list[int], edges: dict[int, list[int]]) -> list[int]:
         head, rest = component[0], component[1:]  # found first, so entered from outside
         order.append(head)
         if rest:
-            inside = set(rest)
-            starts = [n for n in edges[head] if n in inside]
-            rest = list(dict.fromkeys([*starts, *rest]))
+            inside = set(rest)  # in the order in which they were found from the head
             order += _sequence(rest, {n: [m for m in edges[n] if m in inside] for n in rest})
     return order
 

@@ -146,7 +146,7 @@ class Launch:
                 if size:
                     found[space].append((v.name, base, size))
             elif v.name in symbols:
-                base = self.memory.allocate(v.size, v.name, v.initial, space == "global")
+                base = self.memory.variable(self.program.module, v)
             if v.name in symbols:
                 self.registers[symbols[v.name]] = np.full(1, base, np.uint64)
         self.shared_variables, self.local_variables = found["shared"], found["local"]

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ptx.parse import Variable
 from ptx.races import Shadow
 
-Rows = tuple[np.ndarray, int]
+# What NumPy moves as a whole, for each size of an access.
+_UNITS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}
 
 
 class Buffer:
@@ -23,18 +25,16 @@ class Buffer:
     def __init__(self, data: np.ndarray, origin: int):
         self.data, self.origin = data, origin
         self.shadow: Shadow | None = None
-        self._rows: dict[tuple[np.dtype, int], Rows] = {}
+        self._units: dict[int, tuple[np.ndarray, int]] = {}
 
-    def rows(self, dtype: np.dtype, count: int) -> Rows:
-        """The bytes as an array of `count` numbers a row, and the first row's address."""
-        key = dtype, count
-        if key not in self._rows:
-            width = dtype.itemsize * count
+    def units(self, width: int) -> tuple[np.ndarray, int]:
+        """The bytes as units at multiples of `width`, and how far from `origin` they begin."""
+        if width not in self._units:
             skip = -self.origin % width
-            rows = max(0, (self.data.size - skip) // width)
-            view = self.data[skip : skip + rows * width].view(dtype)
-            self._rows[key] = (view if count == 1 else view.reshape(-1, count), self.origin + skip)
-        return self._rows[key]
+            count = max(0, (self.data.size - skip) // width)
+            view = self.data[skip : skip + count * width].view(_UNITS[width])
+            self._units[width] = view, skip
+        return self._units[width]
 
 
 @dataclass
@@ -120,7 +120,8 @@ class Memory:
 
     def __init__(self) -> None:
         self.space = Space("global")
-        self._owners: list[np.ndarray] = []
+        self._owners: list[object] = []
+        self._variables: dict[tuple[int, str], int] = {}
 
     def register(self, array: np.ndarray, name: str, writable: bool = True) -> int:
         """Let kernels read `array`, and write it if `writable`; returns its address."""
@@ -132,10 +133,14 @@ class Memory:
             self._owners.append(array)
         return base
 
-    def allocate(self, size: int, name: str, initial: bytes = b"", writable: bool = True) -> int:
-        """New memory, aligned to 256 bytes, for a variable of a module; returns its address."""
-        store = np.zeros(size + 256, np.uint8)
-        skip = -store.ctypes.data % 256
-        store[skip : skip + len(initial)] = np.frombuffer(initial, np.uint8)
-        self._owners.append(store)
-        return self.register(store[skip : skip + size], name, writable)
+    def variable(self, module: object, v: Variable) -> int:
+        """The address of a module's variable, which lives as long as the memory."""
+        key = id(module), v.name
+        if key not in self._variables:
+            store = np.zeros(v.size + 256, np.uint8)
+            skip = -store.ctypes.data % 256
+            store[skip : skip + len(v.initial)] = np.frombuffer(v.initial, np.uint8)
+            self._owners += [store, module]
+            data = store[skip : skip + v.size]
+            self._variables[key] = self.register(data, v.name, v.space == "global")
+        return self._variables[key]

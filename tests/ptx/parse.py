@@ -91,6 +91,11 @@ class Function:
     module: Module | None = None  # where it stands
     program: object = None  # what the machine made of it
 
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of its own shared memory, without what a launch adds."""
+        return sum(v.size or 0 for v in self.variables if v.space == "shared")
+
 
 @dataclass
 class Module:

@@ -75,51 +75,59 @@ class Shadow:
                 np.repeat(a, count) for a in (ids, block_since, warp_since)
             )
 
-        def unordered(other, when):
-            suspect = (other >= 0) & (other != ids)
-            if not suspect.any():
-                return suspect
-            return suspect & _not_before(other, when, ids, block_since, warp_since)
+        def not_over(other, when):
+            return _not_before(other, when, ids, block_since, warp_since)
 
-        def race(where, other, when, wrote):
-            position = int(np.flatnonzero(where)[0])
-            return Race(position // count, int(other[position]), int(when[position]), wrote)
-
-        writer, when = self.writer[at], self.write_time[at]
-        found = unordered(writer, when)
-        if atomic:
-            found &= ~self.atomic[at]
-        if found.any():
-            return race(found, writer, when, True)
-        low, high, read_time = self.low[at], self.high[at], self.read_time[at]
-        if not write:
-            # Readers of before a barrier no longer matter, if all were of this block.
-            old = low >= 0
-            if old.any():
-                old &= _not_before(low, read_time, ids, block_since, warp_since) | _not_before(
-                    high, read_time, ids, block_since, warp_since
-                )
-                low = np.where(old, np.minimum(low, ids), ids)
-                high = np.where(old, np.maximum(high, ids), ids)
-            else:
-                low = high = ids
-            # Of several assignments to one place the last one stays; ids ascend.
-            self.low[at[::-1]] = low[::-1]
-            self.high[at] = high
-            self.read_time[at] = time
-            return None
-        for other in (low, high):
-            found = unordered(other, read_time)
+        def race(others, times, wrote, excused=None):
+            """The first of `others` that was here unordered; their times are read if need be."""
+            found = (others >= 0) & (others != ids)
+            if excused is not None:
+                found &= ~excused[at]
             if found.any():
-                return race(found, other, read_time, False)
+                found &= not_over(others, times[at])
+                if found.any():
+                    n = int(np.flatnonzero(found)[0])
+                    return Race(n // count, int(others[n]), int(times[at[n]]), wrote)
+            return None
+
+        written = race(self.writer[at], self.write_time, True, self.atomic if atomic else None)
+        if written:
+            return written
+        low, high = self.low[at], self.high[at]
+        if write:
+            return (
+                race(low, self.read_time, False)
+                or race(high, self.read_time, False)
+                or self._write(at, count, ids, time, atomic)
+            )
+        # Readers of before a barrier no longer matter, if all were of this block.
+        old = low >= 0
+        if old.any():
+            when = self.read_time[at]
+            old &= not_over(low, when) | not_over(high, when)
+            low = np.where(old, np.minimum(low, ids), ids)
+            high = np.where(old, np.maximum(high, ids), ids)
+        else:
+            low = high = ids
+        # Of several assignments to one place the last one stays; ids ascend.
+        self.low[at[::-1]] = low[::-1]
+        self.high[at] = high
+        self.read_time[at] = time
+        return None
+
+    def _write(self, at, count, ids, time, atomic) -> Race | None:
+        """Note writes; gives one of two to the same place."""
         self.writer[at] = ids
         self.write_time[at] = time
         self.atomic[at] = atomic
-        if not atomic:
-            winner = self.writer[at]
-            if (winner != ids).any():
-                return race(winner != ids, winner, self.write_time[at], True)
-        return None
+        if atomic:
+            return None
+        winner = self.writer[at]
+        lost = winner != ids
+        if not lost.any():
+            return None
+        n = int(np.flatnonzero(lost)[0])
+        return Race(n // count, int(winner[n]), time, True)
 
 
 def _not_before(other, when, ids, block_since, warp_since):
