@@ -27,10 +27,10 @@ def share(items, parts, part):
 
 
 @parallel_kernel
-def stats_planes(x, N, C, L, rows, segment, partials, items, parts):
+def stats_planes(x, N, C, L, rows, segment, ahead, partials, items, parts):
     for part in prange(parts):
         serial.stats_planes(
-            x, N, C, L, rows, segment, partials, share(items, parts, part),
+            x, N, C, L, rows, segment, ahead, partials, share(items, parts, part),
             share(items, parts, part + 1),
         )
 
@@ -98,13 +98,14 @@ def forward_columns(
 
 @parallel_kernel
 def backward_sums_planes(
-    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, table, partials, relu,
-    streaming, items, parts,
+    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, ahead, table, partials,
+    relu, streaming, items, parts,
 ):
     for part in prange(parts):
         serial.backward_sums_planes(
-            grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, table,
-            partials, relu, streaming, share(items, parts, part), share(items, parts, part + 1),
+            grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, ahead,
+            table, partials, relu, streaming, share(items, parts, part),
+            share(items, parts, part + 1),
         )
 
 

@@ -136,7 +136,7 @@ def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
     return Plan(
         "planes",
         chunks,
-        (N, C, L, rows, segment),
+        (N, C, L, rows, segment, _ahead(N, L, itemsize)[0]),
         C * chunks,
         (N, C, L, rows, segment, chunks, group, *_ahead(N, L, itemsize)),
         C,

@@ -110,14 +110,14 @@ def next_chunk(c, k, n0, l0, chunks, rows, L, segment):
 
 
 @kernel
-def stats_planes(x, N, C, L, rows, segment, numbers, start, stop):
+def stats_planes(x, N, C, L, rows, segment, ahead, numbers, start, stop):
     """Chunks start:stop of all channels' chunks, counted channel by channel."""
     to_x, partials = pointer(x), partials_of(numbers)
     c, k, n0, l0 = chunk_at(start, partials.chunks, rows, L, segment)
     for _ in range(start, stop):
         plane_chunk(
             to_x, C, L, c, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment),
-            first_value(to_x, c * L), L, partials, c,
+            first_value(to_x, c * L), ahead, partials, c,
         )
         c, k, n0, l0 = next_chunk(c, k, n0, l0, partials.chunks, rows, L, segment)
 
@@ -327,11 +327,11 @@ def forward_columns(
 
 @kernel
 def backward_sums_planes(
-    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, table, numbers,
+    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, ahead, table, numbers,
     relu, streaming, start, stop,
 ):
     """Chunks start:stop of all channels' chunks; in eval mode, with the input gradient."""
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual, L)
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, ahead)
     partials = partials_of(numbers)
     c, k, n0, l0 = chunk_at(start, partials.chunks, rows, L, segment)
     for _ in range(start, stop):
