@@ -2,5 +2,5 @@
 
 import importlib.util
 
-_CUDA = ["numbabn/cuda/*", "tests/cuda_*"]
+_CUDA = ["numbabn/cuda/*", "numbabn/device.py", "tests/cuda_*"]
 collect_ignore_glob = [] if importlib.util.find_spec("numba_cuda") else _CUDA

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support import ARRANGEMENTS, assert_close, problem, run_script, wide
 
-pytest.importorskip("numba.cuda.types", reason="numba-cuda is not installed")
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 from cuda_arrays import Gpu, InterfaceArray, install
 from grid import MODES
 
