@@ -116,7 +116,7 @@ def forward_train(
     streaming = schedule.streams(view, x.nbytes, bits is not None, out)
     schedule.run(
         "forward_" + plan.name, threads, plan.channel_items, x, residual, bits, out,
-        *plan.channel_sizes, *channels, floor, streaming,
+        *plan.forward_sizes, *channels, floor, streaming,
     )  # fmt: skip
     return table
 
@@ -186,7 +186,7 @@ def backward_train(
     written = (grad_input,) if grad_residual is None else (grad_input, grad_residual)
     streaming = schedule.streams(view, x.nbytes, bits is not None, *written)
     schedule.run(
-        "backward_" + plan.name, threads, plan.channel_items, *arrays, *plan.channel_sizes, table,
+        "backward_" + plan.name, threads, plan.channel_items, *arrays, *plan.backward_sizes, table,
         sums, slopes, relu, streaming,
     )  # fmt: skip
     return sums

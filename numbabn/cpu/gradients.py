@@ -27,7 +27,7 @@ from numbabn.cpu.channels import (
 from numbabn.cpu.memory import load, load_first, offset, put, store
 from numbabn.cpu.normalization import affine_at, ask_ahead, end_with_whole, head_of
 from numbabn.cpu.options import function, inline
-from numbabn.cpu.reductions import fold_all, spread
+from numbabn.cpu.reductions import fold_all, reach_from, rows_ahead, spread
 from numbabn.cpu.vector import (
     LANES,
     fma,
@@ -62,6 +62,11 @@ class Slopes(NamedTuple):
     grad_mean: Any
     slope: Any
     offset: Any
+
+
+@inline
+def read_ahead(io, ahead):
+    return Backward(io.grad_output, io.x, io.bits, io.grad_input, io.grad_residual, ahead)
 
 
 @inline
@@ -136,7 +141,7 @@ def element_part(io, i, bit, count, affine, slopes, relu):
 
 
 @function
-def plane_grad_sums(io, C, L, c, n0, n1, l0, l1, affine, relu, streaming):
+def plane_grad_sums(io, reach, C, L, c, n0, n1, l0, l1, affine, relu, streaming):
     """Sums of g and of g * (x - MEAN) over rows n0:n1, columns l0:l1 of a channel."""
     total = splat64(0.0)
     products = splat64(0.0)
@@ -146,8 +151,9 @@ def plane_grad_sums(io, C, L, c, n0, n1, l0, l1, affine, relu, streaming):
         i = row * L + l0
         end = i + l1 - l0
         bit = row * row_bits + l0 // LANES
+        reading = read_ahead(io, reach_from(reach, n))
         while i + LANES <= end:
-            g, xmu = read_pair(io, i, bit, affine, relu)
+            g, xmu = read_pair(reading, i, bit, affine, relu)
             put_eval(io, i, LANES, g, affine, streaming)
             left, right = to_sum(io, g, xmu, affine)
             total = total + left
@@ -162,9 +168,9 @@ def plane_grad_sums(io, C, L, c, n0, n1, l0, l1, affine, relu, streaming):
 
 
 @inline
-def plane_grad_chunk(io, C, L, c, k, n0, n1, l0, l1, affine, relu, streaming, partials, at):
+def plane_grad_chunk(io, reach, C, L, c, k, n0, n1, l0, l1, affine, relu, streaming, partials, at):
     """Sums of a chunk of channel c, its k-th, into place `at` of `partials`."""
-    total, products = plane_grad_sums(io, C, L, c, n0, n1, l0, l1, affine, relu, streaming)
+    total, products = plane_grad_sums(io, reach, C, L, c, n0, n1, l0, l1, affine, relu, streaming)
     partial_of(partials, k, COUNT)[at] = np.float64((n1 - n0) * (l1 - l0))
     partial_of(partials, k, SUM_DY)[at] = total
     partial_of(partials, k, SUM_DY_XHAT)[at] = products
@@ -282,6 +288,7 @@ def add_four_rows(io, i, K, bit, row_bits, width, columns, relu, streaming, sums
 def column_grad_sums(io, K, m0, m1, k0, width, columns, relu, streaming, sums, products):
     """Per column of k0:k0+width, sums of g and of g * (x - MEAN) over rows m0:m1."""
     row_bits = (K + LANES - 1) // LANES
+    io = read_ahead(io, rows_ahead(io.x, width, 4) * K)
     for j in range(0, width, LANES):
         store(sums, j, splat64(0.0))
         store(products, j, splat64(0.0))

@@ -223,14 +223,36 @@ def store_first(typingctx: Any, target: Any, index: Any, count: Any, value: Any)
     return types.void(target, types.int64, types.int64, vector_of(target)), codegen
 
 
+# Bytes to fetch ahead of where one reads. The hardware's own prefetchers follow a stream too closely
+# to keep a core's share of the memory busy (measured: 24 GB/s without, 54 GB/s from 8 KiB on).
+AHEAD = 16 << 10
+
+
 @intrinsic
-def prefetch(typingctx: Any, source: Any, index: Any) -> Any:
-    """Ask for the cache line of ``source[index]``; any index is allowed, nothing is read."""
+def values_ahead(typingctx: Any, source: Any) -> Any:
+    """`AHEAD` in elements."""
+    count = AHEAD // (source.dtype.bitwidth // 8)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        place = _at(builder, args[0], args[1], ir.IntType(8))
+        return I64(count)
+
+    return types.int64(source), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, source: Any, index: Any) -> Any:
+    """Ask for the cache lines of ``source[index : index + 16]``, if they begin on a boundary.
+
+    Any index is allowed: nothing is read.
+    """
+    lines = max(1, LANES * source.dtype.bitwidth // 8 // 64)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         hints = [I32(0), I32(2), I32(1)]  # to read, to be kept in L2, from the data cache
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *hints])
+        for line in range(lines):
+            index = builder.add(args[1], I64(line * (LANES // lines)))
+            place = _at(builder, args[0], index, ir.IntType(8))
+            call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *hints])
         return context.get_dummy_value()
 
     return types.void(source, types.int64), codegen

@@ -27,10 +27,10 @@ def share(items, parts, part):
 
 
 @parallel_kernel
-def stats_planes(x, N, C, L, rows, segment, ahead, partials, items, parts):
+def stats_planes(x, N, C, L, rows, segment, partials, items, parts):
     for part in prange(parts):
         serial.stats_planes(
-            x, N, C, L, rows, segment, ahead, partials, share(items, parts, part),
+            x, N, C, L, rows, segment, partials, share(items, parts, part),
             share(items, parts, part + 1),
         )
 
@@ -72,12 +72,12 @@ def normalize_columns(
 
 @parallel_kernel
 def forward_planes(
-    x, residual, bits, out, N, C, L, rows, segment, chunks, group, sums_ahead, elements_ahead,
+    x, residual, bits, out, N, C, L, rows, segment, chunks, group, elements_ahead,
     weight, bias, running_mean, running_var, momentum, eps, table, floor, streaming, items, parts,
 ):
     for part in prange(parts):
         serial.forward_planes(
-            x, residual, bits, out, N, C, L, rows, segment, chunks, group, sums_ahead,
+            x, residual, bits, out, N, C, L, rows, segment, chunks, group,
             elements_ahead, weight, bias, running_mean, running_var, momentum, eps, table, floor,
             streaming, share(items, parts, part), share(items, parts, part + 1),
         )
@@ -98,12 +98,12 @@ def forward_columns(
 
 @parallel_kernel
 def backward_sums_planes(
-    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, ahead, table, partials,
+    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, table, partials,
     relu, streaming, items, parts,
 ):
     for part in prange(parts):
         serial.backward_sums_planes(
-            grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, ahead,
+            grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment,
             table, partials, relu, streaming, share(items, parts, part),
             share(items, parts, part + 1),
         )
@@ -148,12 +148,12 @@ def backward_elements_columns(
 @parallel_kernel
 def backward_planes(
     grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks, group,
-    sums_ahead, elements_ahead, table, sums, slopes, relu, streaming, items, parts,
+    elements_ahead, table, sums, slopes, relu, streaming, items, parts,
 ):
     for part in prange(parts):
         serial.backward_planes(
             grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks,
-            group, sums_ahead, elements_ahead, table, sums, slopes, relu, streaming,
+            group, elements_ahead, table, sums, slopes, relu, streaming,
             share(items, parts, part), share(items, parts, part + 1),
         )
 

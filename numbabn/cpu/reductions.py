@@ -10,6 +10,8 @@ about the chunk's own mean, while the chunk is in cache.
 belongs to channel k // L.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from numbabn.cpu.channels import CENTER, COUNT, M2, SUM, lanes_at, partial_of
@@ -22,6 +24,7 @@ from numbabn.cpu.memory import (
     put,
     scalar,
     store,
+    values_ahead,
 )
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.vector import (
@@ -47,12 +50,35 @@ def first_value(x, index):
 # --- planes ---------------------------------------------------------------------------------
 
 
-@function
-def plane_sums(x, C, L, c, n0, n1, l0, l1, shift, ahead):
-    """Sums of ``d = x - shift`` and of ``d * d`` over rows n0:n1, columns l0:l1 of a channel.
+class Reach(NamedTuple):
+    """How far ahead of row n of a channel to fetch: `near` if n < `turn`, else `far`."""
 
-    What lies `ahead` elements on is asked for on the way.
-    """
+    turn: int
+    near: int
+    far: int
+
+
+@function
+def reach_of(x, N, C, L):
+    """Elements from where one reads to what is read next, channel after channel, row after row."""
+    ahead = values_ahead(x)
+    if 4 * ahead <= L:
+        return Reach(N, ahead, ahead)
+    rows = max(2, (ahead + L - 1) // L)
+    channels = rows // N
+    rows -= channels * N
+    near = rows * C * L + channels * L
+    return Reach(N - rows, near, near + L - N * C * L)
+
+
+@inline
+def reach_from(reach, n):
+    return reach.near if n < reach.turn else reach.far
+
+
+@function
+def plane_sums(x, C, L, c, n0, n1, l0, l1, shift, reach):
+    """Sums of ``d = x - shift`` and of ``d * d`` over rows n0:n1, columns l0:l1 of a channel."""
     center = splat64(shift)
     fill = splat_like(x, shift)
     total_a = splat64(0.0)
@@ -62,10 +88,10 @@ def plane_sums(x, C, L, c, n0, n1, l0, l1, shift, ahead):
     for n in range(n0, n1):
         i = (n * C + c) * L + l0
         end = i + l1 - l0
+        ahead = reach_from(reach, n)
         while i + 2 * LANES <= end:  # two chains of additions, to hide their latency
-            if ahead:
-                prefetch(x, i + ahead)
-                prefetch(x, i + ahead + LANES)
+            prefetch(x, i + ahead)
+            prefetch(x, i + ahead + LANES)
             a = widen(load(x, i)) - center
             b = widen(load(x, i + LANES)) - center
             total_a = total_a + a
@@ -86,16 +112,16 @@ def plane_sums(x, C, L, c, n0, n1, l0, l1, shift, ahead):
 
 
 @function
-def plane_chunk(x, C, L, c, k, n0, n1, l0, l1, shift, ahead, partials, at):
+def plane_chunk(x, C, L, c, k, n0, n1, l0, l1, shift, reach, partials, at):
     """Statistics of a chunk of channel c, its k-th, into place `at` of `partials`.
 
     The chunk is rows n0:n1, columns l0:l1; values are summed relative to `shift`.
     """
     count = np.float64((n1 - n0) * (l1 - l0))
-    total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift, ahead)
+    total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift, reach)
     if is_double(x) and np.isfinite(total):
         shift += total / count
-        total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift, 0)
+        total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift, reach)
     m2 = squares - total * total / count
     partial_of(partials, k, COUNT)[at] = count
     partial_of(partials, k, CENTER)[at] = shift
@@ -138,6 +164,13 @@ def fold(sums, c, L):
 
 
 @inline
+def rows_ahead(x, width, together):
+    """How many rows of `width` columns to fetch ahead, where so many are read `together`."""
+    bunch = together * width
+    return together * ((values_ahead(x) + bunch - 1) // bunch)
+
+
+@inline
 def add_row(x, i, j, count, shifts, sums, squares):
     """Add `count` lanes of one row to the running sums of columns j:j+16."""
     d = widen(load_upto(x, i, count, splat_like(x, 0.0))) - load(shifts, j)
@@ -146,8 +179,10 @@ def add_row(x, i, j, count, shifts, sums, squares):
 
 
 @inline
-def add_eight_rows(x, i, K, j, count, shifts, sums, squares):
+def add_eight_rows(x, i, K, ahead, j, count, shifts, sums, squares):
     """Add eight rows, the first at x[i], to the running sums of columns j:j+16."""
+    for row in range(8):
+        prefetch(x, i + ahead + row * K)
     zero = splat_like(x, 0.0)
     center = load(shifts, j)
     d0 = widen(load_upto(x, i, count, zero)) - center
@@ -169,20 +204,21 @@ def add_eight_rows(x, i, K, j, count, shifts, sums, squares):
 def column_sums(x, K, m0, m1, k0, width, shifts, sums, squares):
     """Per column of k0:k0+width, sums over rows m0:m1 of ``d = x - shift`` and of ``d * d``.
 
-    Eight rows at a time, so that the running sums, which are in L1, are touched seldom, and the
-    hardware follows eight streams. Lanes beyond `width` hold nothing of meaning.
+    Eight rows at a time, so that the running sums, which are in L1, are touched seldom. Lanes beyond
+    `width` hold nothing of meaning.
     """
     for j in range(0, width, LANES):
         store(sums, j, splat64(0.0))
         store(squares, j, splat64(0.0))
     whole = width - width % LANES
+    ahead = rows_ahead(x, width, 8) * K
     m = m0
     while m + 8 <= m1:
         i = m * K + k0
         for j in range(0, whole, LANES):
-            add_eight_rows(x, i + j, K, j, LANES, shifts, sums, squares)
+            add_eight_rows(x, i + j, K, ahead, j, LANES, shifts, sums, squares)
         if whole < width:
-            add_eight_rows(x, i + whole, K, whole, width - whole, shifts, sums, squares)
+            add_eight_rows(x, i + whole, K, ahead, whole, width - whole, shifts, sums, squares)
         m += 8
     while m < m1:
         i = m * K + k0

@@ -36,7 +36,7 @@ from numbabn.cpu.gradients import (
     slopes_of,
     spread_slopes,
 )
-from numbabn.cpu.memory import aligned, empty_like_computed, offset, pointer
+from numbabn.cpu.memory import aligned, empty_like_computed, offset, pointer, values_ahead
 from numbabn.cpu.normalization import (
     COLUMN_ROWS,
     Forward,
@@ -47,7 +47,7 @@ from numbabn.cpu.normalization import (
     spread_affine,
 )
 from numbabn.cpu.options import inline, kernel
-from numbabn.cpu.reductions import column_chunk, first_value, plane_chunk
+from numbabn.cpu.reductions import column_chunk, first_value, plane_chunk, reach_of
 from numbabn.cpu.vector import LANES, splat64
 
 # fmt: off
@@ -110,14 +110,15 @@ def next_chunk(c, k, n0, l0, chunks, rows, L, segment):
 
 
 @kernel
-def stats_planes(x, N, C, L, rows, segment, ahead, numbers, start, stop):
+def stats_planes(x, N, C, L, rows, segment, numbers, start, stop):
     """Chunks start:stop of all channels' chunks, counted channel by channel."""
     to_x, partials = pointer(x), partials_of(numbers)
+    reach = reach_of(to_x, N, C, L)
     c, k, n0, l0 = chunk_at(start, partials.chunks, rows, L, segment)
     for _ in range(start, stop):
         plane_chunk(
             to_x, C, L, c, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment),
-            first_value(to_x, c * L), ahead, partials, c,
+            first_value(to_x, c * L), reach, partials, c,
         )
         c, k, n0, l0 = next_chunk(c, k, n0, l0, partials.chunks, rows, L, segment)
 
@@ -193,7 +194,7 @@ def normalize_planes(
     that is cheaper than to have one thread do it for all.
     """
     known = running_mean.size == 0
-    io = forward_io(x, residual, bits, out, None)
+    io = forward_io(x, residual, bits, out, values_ahead(pointer(x)))
     own_table = np.empty((TABLE_ROWS, LANES))
     channels = channels_of(weight, bias, running_mean, running_var, 0.0, eps, own_table)
     across = (L + segment - 1) // segment
@@ -233,7 +234,7 @@ def normalize_columns(
 ):
     """Items start:stop of the grid (block of channels) × (rows), a block's rows in turn."""
     known = running_mean.size == 0
-    io = forward_io(x, residual, bits, out, None)
+    io = forward_io(x, residual, bits, out, values_ahead(pointer(x)))
     own_table = np.empty((TABLE_ROWS, LANES))
     channels = channels_of(weight, bias, running_mean, running_var, 0.0, eps, own_table)
     downs = (M + rows - 1) // rows
@@ -262,12 +263,12 @@ def normalize_columns(
 
 @kernel
 def forward_planes(
-    x, residual, bits, out, N, C, L, rows, segment, chunks, group, sums_ahead,
-    elements_ahead, weight, bias, running_mean, running_var, momentum, eps, table, floor, streaming,
-    start, stop,
+    x, residual, bits, out, N, C, L, rows, segment, chunks, group, elements_ahead, weight, bias,
+    running_mean, running_var, momentum, eps, table, floor, streaming, start, stop,
 ):
     """Training, channels start:stop: a group is summed, then normalized while it is in cache."""
     io = forward_io(x, residual, bits, out, elements_ahead)
+    reach = reach_of(io.x, N, C, L)
     channels = channels_of(weight, bias, running_mean, running_var, momentum, eps, table)
     numbers = np.empty(chunks * FORWARD_FIELDS * LANES)
     partials = Partials(pointer(numbers), FORWARD_FIELDS, LANES, chunks)
@@ -280,7 +281,7 @@ def forward_planes(
             for _ in range(chunks):
                 plane_chunk(
                     io.x, C, L, c, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment), shift,
-                    sums_ahead, partials, c - c0,
+                    reach, partials, c - c0,
                 )
                 _, k, n0, l0 = next_chunk(c, k, n0, l0, chunks, rows, L, segment)
         finish_training(io.x, partials, channels, 0, c0, c1 - c0)
@@ -327,17 +328,18 @@ def forward_columns(
 
 @kernel
 def backward_sums_planes(
-    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, ahead, table, numbers,
+    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, table, numbers,
     relu, streaming, start, stop,
 ):
     """Chunks start:stop of all channels' chunks; in eval mode, with the input gradient."""
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual, ahead)
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, None)
+    reach = reach_of(io.x, N, C, L)
     partials = partials_of(numbers)
     c, k, n0, l0 = chunk_at(start, partials.chunks, rows, L, segment)
     for _ in range(start, stop):
         affine = affine_of(io.x, pointer(table), C, c)
         plane_grad_chunk(
-            io, C, L, c, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment), affine, relu,
+            io, reach, C, L, c, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment), affine, relu,
             streaming, partials, c,
         )
         c, k, n0, l0 = next_chunk(c, k, n0, l0, partials.chunks, rows, L, segment)
@@ -349,7 +351,7 @@ def backward_sums_columns(
     streaming, start, stop,
 ):
     """Items start:stop of the grid (block of channels) × (chunk of rows); see planes."""
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual, 4 * C * L)
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, None)
     partials = partials_of(numbers)
     space = room(block * L)
     work = np.empty(2 * space + LANES)
@@ -402,7 +404,7 @@ def backward_elements_planes(
     streaming, start, stop,
 ):
     """Training, given the sums: items start:stop of the segments of all planes."""
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual, None)
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, values_ahead(pointer(x)))
     across = (L + segment - 1) // segment
     row_bits = (L + LANES - 1) // LANES
     row = start // across
@@ -427,7 +429,7 @@ def backward_elements_columns(
     streaming, start, stop,
 ):
     """Training, given the sums: items start:stop of the grid (block of channels) × (rows)."""
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual, None)
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, values_ahead(pointer(x)))
     downs = (M + rows - 1) // rows
     space = room(block * L)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + LANES)
@@ -450,11 +452,12 @@ def backward_elements_columns(
 @kernel
 def backward_planes(
     grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks, group,
-    sums_ahead, elements_ahead, table, sums, slopes, relu, streaming, start, stop,
+    elements_ahead, table, sums, slopes, relu, streaming, start, stop,
 ):
     """Training, channels start:stop: a group is summed, then differentiated while in cache."""
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, elements_ahead)
-    reading = Backward(io.grad_output, io.x, io.bits, None, None, sums_ahead)
+    reading = Backward(io.grad_output, io.x, io.bits, None, None, None)
+    reach = reach_of(io.x, N, C, L)
     numbers = np.empty(chunks * BACKWARD_FIELDS * LANES)
     partials = Partials(pointer(numbers), BACKWARD_FIELDS, LANES, chunks)
     row_bits = (L + LANES - 1) // LANES
@@ -465,8 +468,8 @@ def backward_planes(
             k, n0, l0 = 0, 0, 0
             for _ in range(chunks):
                 plane_grad_chunk(
-                    reading, C, L, c, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment), affine,
-                    relu, False, partials, c - c0,
+                    reading, reach, C, L, c, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment),
+                    affine, relu, False, partials, c - c0,
                 )
                 _, k, n0, l0 = next_chunk(c, k, n0, l0, chunks, rows, L, segment)
         finish_backward(
