@@ -178,7 +178,7 @@ def batch_norm_backward(
         and grad_output.dtype is saved.dtype
         and (found := known(grad_output, saved.channel_axis)) is not None
         and found.view == saved.view
-        and (out is None or lies_apart(out, grad_output, (saved.x,), out is grad_output))
+        and (out is None or lies_apart(out, grad_output, [saved.x], out is grad_output))
     ):
         return _backward_checked(grad_output, saved, wanted, out, stream)
     return _backward(grad_output, grad_output, saved, wanted, out)
@@ -200,7 +200,7 @@ def _backward_checked(
     if given.size == 0:
         return _no_gradients(given, saved, needs, out)
     if out is not None:
-        checks.same_or_no_overlap("out", layout.flatten(out, saved.view), {"x": saved.x})
+        checks.same_or_no_overlap("out", layout.flatten(out), {"x": saved.x})
         checks.same_or_no_overlap("out", out, {"grad_output": dense_grad})
     return _backward(given, dense_grad, saved, needs, out)
 
@@ -211,16 +211,16 @@ def _backward(
 ) -> tuple[Any, ...]:  # fmt: skip
     want_input, want_weight, want_bias = needs
     view, table, bits, relu = saved.view, saved.table, saved.bits, saved.relu
-    dy, x = layout.flatten_input(dense_grad, view), saved.x
+    dy, x = layout.flatten_input(dense_grad), saved.x
     grad_input = grad_residual = dx = dres = sums = None
     if want_input:
         grad_input = out if out is not None else layout.empty(view, saved.shape, saved.dtype)
-        dx = layout.flatten(grad_input, view)
+        dx = layout.flatten(grad_input)
     if saved.has_residual:
         grad_residual = given
         if bits is not None:
             grad_residual = layout.empty(view, saved.shape, saved.dtype)
-            dres = layout.flatten(grad_residual, view)
+            dres = layout.flatten(grad_residual)
     if dx is not None and saved.training:
         sums = cpu().backward_train(dy, x, bits, dx, dres, view, table, relu, saved.sums_dtype)
     elif dx is not None and not (want_weight or want_bias or relu):

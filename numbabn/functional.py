@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -30,24 +31,35 @@ def _write_back(call: Call) -> None:
             own[...] = used
 
 
+def _result(call: Call) -> Array:
+    """The array that is to take the result."""
+    if call.out is not None:
+        return call.out
+    if call.x.size == 0:
+        return np.empty_like(call.x)
+    return layout.empty(call.view, call.x.shape, call.x.dtype)
+
+
 def _forward(
-    x: Array, view: View, channels: tuple[Any, ...], training: bool, momentum: float, eps: float,
-    relu: bool, residual: Array | None, out: Array | None, keep: bool,
-) -> tuple[Array, Array, Array | None, Array | None]:  # fmt: skip
-    """Run the forward pass: (y, x's memory, table, bits); the latter two if to `keep`."""
-    y = out if out is not None else layout.empty(view, x.shape, x.dtype)
-    flat, target = layout.flatten_input(x, view), layout.flatten(y, view)
-    added = None if residual is None else layout.flatten_input(residual, view)
+    x: Array, y: Array, view: View, channels: Iterable[Array], training: bool, momentum: float,
+    eps: float, relu: bool, residual: Array | None = None, keep: bool = False,
+) -> tuple[Array, Array | None, Array | None]:  # fmt: skip
+    """Run the forward pass from x to y; (x's memory, table, bits), the latter two if to `keep`."""
+    flat, target = layout.flatten_input(x), layout.flatten(y)
+    added = None if residual is None else layout.flatten_input(residual)
     bits = None
     if keep and relu and residual is not None:
         row = view.C * view.L if view.columns else view.L
         bits = np.empty(x.size // row * -(-row // 16), np.uint16)
     if training:
         table = cpu().forward_train(flat, added, bits, target, view, *channels, momentum, eps, relu)
+    elif keep:
+        table = cpu().eval_table(flat, *channels, eps)
+        cpu().normalize(flat, added, bits, target, view, table, relu)
     else:
-        table = cpu().eval_table(flat, *channels, eps) if keep else None
+        table = None
         cpu().forward_eval(flat, added, bits, target, view, *channels, eps, relu)
-    return y, flat, table, bits
+    return flat, table, bits
 
 
 def batch_norm(
@@ -139,11 +151,10 @@ def batch_norm(
             True,
         )  # fmt: skip
         if found is not None:
-            channels = found.channels(running_mean, running_var, weight, bias)
-            relu = activation is not None
-            return _forward(
-                x, found.view, channels, training, momentum, eps, relu, None, out, False
-            )[0]  # fmt: skip
+            known, channels = found
+            y = known.empty() if out is None else out
+            _forward(x, y, known.view, channels, training, momentum, eps, activation is not None)
+            return y
     if checks.is_cuda(x):
         return device().batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
@@ -153,12 +164,13 @@ def batch_norm(
         x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
         activation, residual, out, stream, in_place=True,
     )  # fmt: skip
+    y = _result(call)
     if call.x.size == 0:
-        return call.out if call.out is not None else np.empty_like(call.x)
-    y = _forward(
-        call.x, call.view, call.channels, training, call.momentum, call.eps, call.relu,
-        call.residual, call.out, False,
-    )[0]  # fmt: skip
+        return y
+    _forward(
+        call.x, y, call.view, call.channels, training, call.momentum, call.eps, call.relu,
+        call.residual,
+    )  # fmt: skip
     if training:
         _write_back(call)
     return y
@@ -221,15 +233,16 @@ def batch_norm_forward(
             False,
         )  # fmt: skip
         if found is not None:
-            channels = found.channels(running_mean, running_var, weight, bias)
-            relu = activation is not None
-            y, flat, table, _ = _forward(
-                x, found.view, channels, training, momentum, eps, relu, None, out, True
+            known, channels = found
+            view, relu = known.view, activation is not None
+            y = known.empty() if out is None else out
+            flat, table, bits = _forward(
+                x, y, view, channels, training, momentum, eps, relu, keep=True
             )
             assert table is not None
             return y, Saved(
-                bool(training), x.shape, found.axis, x.dtype, found.nothing.dtype, found.view,
-                flat, table, None, relu, False,
+                bool(training), known.shape, known.axis, known.dtype, known.channels_dtype, view,
+                flat, table, bits, relu, False,
             )  # fmt: skip
     if checks.is_cuda(x):
         done: tuple[Any, Saved] = device().batch_norm_forward(
@@ -244,14 +257,14 @@ def batch_norm_forward(
     x, has_residual = call.x, call.residual is not None
     given = call.own.get("weight")
     param_dtype = given.dtype if given is not None else call.channels.weight.dtype
+    y = _result(call)
     if x.size == 0:
-        y = call.out if call.out is not None else np.empty_like(x)
         table, bits = np.zeros((cpu().TABLE_ROWS, call.view.C)), None
         flat = np.empty(0, x.dtype)
     else:
-        y, flat, table, bits = _forward(
-            x, call.view, call.channels, training, call.momentum, call.eps, call.relu,
-            call.residual, call.out, True,
+        flat, table, bits = _forward(
+            x, y, call.view, call.channels, training, call.momentum, call.eps, call.relu,
+            call.residual, keep=True,
         )  # fmt: skip
         if training:
             _write_back(call)
