@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from numbabn import checks, layout
 from numbabn.backends import cpu, device
-from numbabn.calls import check_target, known, laid_out, lies_apart
+from numbabn.calls import check_target, known, laid_out, lies_apart, matches
 from numbabn.layout import View
 
 Array = NDArray[Any]
@@ -173,13 +173,25 @@ def batch_norm_backward(
     if not (
         stream is None
         and isinstance(saved, Saved)
-        and type(grad_output) is np.ndarray
-        and grad_output.shape == saved.shape
-        and grad_output.dtype is saved.dtype
         and (found := known(grad_output, saved.channel_axis)) is not None
         and found.view == saved.view
-        and (out is None or lies_apart(out, grad_output, [saved.x], out is grad_output))
+        and found.shape == saved.shape
+        and found.dtype is saved.dtype
+        and (out is None or matches(out, grad_output))
     ):
+        return _backward_checked(grad_output, saved, wanted, out, stream)
+    small = found.small
+    if small is not None and wanted[0] and not saved.has_residual:
+        grad_input = found.empty() if out is None else out
+        sums = np.empty(small.sums_shape, saved.sums_dtype)
+        done = small.backward(
+            layout.flatten(grad_output), saved.x, layout.flatten(grad_input), out is grad_output,
+            saved.training, saved.table, sums, saved.relu, small.sizes,
+        )  # fmt: skip
+        if done:
+            return (grad_input, *_of_sums(sums, saved, wanted))
+        return _backward_checked(grad_output, saved, wanted, out, stream)
+    if out is not None and not lies_apart(out, grad_output, out is grad_output, [saved.x]):
         return _backward_checked(grad_output, saved, wanted, out, stream)
     return _backward(grad_output, grad_output, saved, wanted, out)
 
@@ -234,15 +246,21 @@ def _backward(
     elif dx is not None or dres is not None or want_weight or want_bias:
         sums = cpu().backward_eval(dy, x, bits, dx, dres, view, table, relu, saved.sums_dtype)
 
-    grad_weight = grad_bias = None
-    if sums is not None:
-        if sums.dtype != saved.param_dtype:
-            with np.errstate(over="ignore"):  # beyond the range of the dtype they are infinite
-                sums = sums.astype(saved.param_dtype)
-        grad_bias = sums[0] if want_bias else None
-        grad_weight = sums[1] if want_weight else None
+    grad_weight, grad_bias = _of_sums(sums, saved, needs)
     grads = (grad_input, grad_weight, grad_bias)
     return (*grads, grad_residual) if saved.has_residual else grads
+
+
+def _of_sums(
+    sums: Array | None, saved: Saved, needs: tuple[bool, bool, bool]
+) -> tuple[Array | None, Array | None]:
+    """The gradients of weight and bias, as far as they are wanted."""
+    if sums is None:
+        return None, None
+    if sums.dtype != saved.param_dtype:
+        with np.errstate(over="ignore"):  # beyond the range of the dtype they are infinite
+            sums = sums.astype(saved.param_dtype)
+    return sums[1] if needs[1] else None, sums[0] if needs[2] else None
 
 
 def _no_gradients(

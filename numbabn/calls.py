@@ -158,7 +158,9 @@ def check_forward(
 class Known:
     """What is remembered of inputs of one shape, strides, dtype and channel axis."""
 
-    __slots__ = ("axis", "channels_dtype", "channels_shape", "dtype", "pooled", "shape", "view")
+    __slots__ = (
+        "axis", "channels_dtype", "channels_shape", "dtype", "pooled", "shape", "small", "view"
+    )  # fmt: skip
 
     def __init__(self, x: Array, axis: int, view: View):
         self.view = view
@@ -167,6 +169,7 @@ class Known:
         self.dtype = x.dtype
         self.channels_dtype = _FLOAT64 if x.dtype == _FLOAT64 else _FLOAT32
         self.channels_shape = (view.C,)
+        self.small = cpu().passes(view, x.itemsize)
         self.pooled = view.order is not None or x.nbytes >= pool.SMALLEST
 
     def empty(self) -> Array:
@@ -237,9 +240,12 @@ def small_eval(
 
 def quick_forward(
     x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, training: Any,
-    momentum: Any, eps: Any, channel_axis: Any, out: Any, in_place: bool,
+    momentum: Any, eps: Any, channel_axis: Any, out: Any,
 ) -> tuple[Known, list[Array]] | None:  # fmt: skip
-    """What is known of x, and its `Channels`, if nothing is to be converted, or wrong."""
+    """What is known of x, and its `Channels`, if there is nothing to convert.
+
+    Nor anything wrong, but that `out` may share memory with the others: see `lies_apart`.
+    """
     found = known(x, channel_axis)
     if found is None or not (
         type(eps) is float
@@ -269,7 +275,7 @@ def quick_forward(
             return None
     elif running_mean is None or running_var is None:
         return None
-    if out is not None and not lies_apart(out, x, channels, out is x and in_place):
+    if out is not None and not matches(out, x):
         return None
     return found, channels
 
@@ -283,22 +289,25 @@ def _are_apart(a: Any, b: Any) -> bool:
     return not np.may_share_memory(a, b)
 
 
-def lies_apart(out: Any, x: Array, others: list[Array], is_x: bool) -> bool:
-    """Whether `out` is laid out like x, writable, and shares memory with nothing else.
-
-    The others are arrays of channels, contiguous; at most four.
-    """
-    if not (
+def matches(out: Any, x: Array) -> bool:
+    """Whether `out` is writable, and laid out like x."""
+    return (
         type(out) is np.ndarray
         and out.shape == x.shape
         and out.strides == x.strides
         and out.dtype is x.dtype
         and out.flags.behaved
-    ):
-        return False
+    )
+
+
+def lies_apart(out: Array, x: Array, same: bool, others: list[Array]) -> bool:
+    """Whether `out` shares no memory with the others, nor with x, unless it is the `same`.
+
+    All are dense, and the others at most four.
+    """
     if out.itemsize == 2:  # a kernel more would cost more than this does
-        return (is_x or not np.may_share_memory(out, x)) and not any(
+        return (same or not np.may_share_memory(out, x)) and not any(
             np.may_share_memory(out, other) for other in others
         )
     others = others + others[:1] * (4 - len(others))
-    return bool(cpu().lies_apart(layout.flatten(out), layout.flatten(x), is_x, *others))
+    return bool(cpu().lies_apart(layout.flatten(out), layout.flatten(x), same, *others))

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from numbabn import checks, layout
 from numbabn.backends import cpu, device
 from numbabn.backward import Saved
-from numbabn.calls import Call, check_forward, quick_forward, small_eval
+from numbabn.calls import Call, Known, check_forward, lies_apart, quick_forward, small_eval
 from numbabn.layout import View
 
 Array = NDArray[Any]
@@ -60,6 +61,27 @@ def _forward(
         table = None
         cpu().forward_eval(flat, added, bits, target, view, *channels, eps, relu)
     return flat, table, bits
+
+
+def _forward_known(
+    x: Array, known: Known, channels: list[Array], training: bool, momentum: float, eps: float,
+    relu: bool, out: Array | None, in_place: bool, keep: bool,
+) -> tuple[Array, Array, Array | None] | None:  # fmt: skip
+    """Result, x's memory and table of a call that `quick_forward` found; None if it is wrong."""
+    y = known.empty() if out is None else out
+    same, small = in_place and out is x, known.small
+    if small is not None:
+        flat, table = layout.flatten(x), np.empty(small.table_shape)
+        weight, bias, mean, var = channels
+        done = small.forward(
+            flat, layout.flatten(y), same, weight, bias, mean, var, bool(training),
+            momentum, eps, table, 0.0 if relu else -math.inf, small.sizes,
+        )  # fmt: skip
+        return (y, flat, table) if done else None
+    if out is not None and not lies_apart(out, x, same, channels):
+        return None
+    flat, kept, _ = _forward(x, y, known.view, channels, training, momentum, eps, relu, keep=keep)
+    return y, flat, kept
 
 
 def batch_norm(
@@ -147,14 +169,16 @@ def batch_norm(
             if y is not None:
                 return y
         found = quick_forward(
-            x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis, out,
-            True,
-        )  # fmt: skip
+            x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis, out
+        )
         if found is not None:
             known, channels = found
-            y = known.empty() if out is None else out
-            _forward(x, y, known.view, channels, training, momentum, eps, activation is not None)
-            return y
+            done = _forward_known(
+                x, known, channels, training, momentum, eps, activation is not None, out, True,
+                False,
+            )  # fmt: skip
+            if done is not None:
+                return done[0]
     if checks.is_cuda(x):
         return device().batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
@@ -229,27 +253,27 @@ def batch_norm_forward(
     """
     if residual is None and stream is None and (activation is None or activation == "relu"):
         found = quick_forward(
-            x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis, out,
-            False,
-        )  # fmt: skip
+            x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis, out
+        )
         if found is not None:
             known, channels = found
-            view, relu = known.view, activation is not None
-            y = known.empty() if out is None else out
-            flat, table, bits = _forward(
-                x, y, view, channels, training, momentum, eps, relu, keep=True
+            relu = activation is not None
+            done = _forward_known(
+                x, known, channels, training, momentum, eps, relu, out, False, True
             )
-            assert table is not None
-            return y, Saved(
-                bool(training), known.shape, known.axis, known.dtype, known.channels_dtype, view,
-                flat, table, bits, relu, False,
-            )  # fmt: skip
+            if done is not None:
+                y, flat, table = done
+                assert table is not None
+                return y, Saved(
+                    bool(training), known.shape, known.axis, known.dtype, known.channels_dtype,
+                    known.view, flat, table, None, relu, False,
+                )  # fmt: skip
     if checks.is_cuda(x):
-        done: tuple[Any, Saved] = device().batch_norm_forward(
+        there: tuple[Any, Saved] = device().batch_norm_forward(
             x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
             activation, residual, out, stream,
         )  # fmt: skip
-        return done
+        return there
     call = check_forward(
         x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
         activation, residual, out, stream, in_place=False,

@@ -19,6 +19,7 @@ from numbabn.cpu.channels import SLOPE_ROWS as SLOPE_ROWS
 from numbabn.cpu.channels import TABLE_ROWS as TABLE_ROWS
 from numbabn.cpu.small import eval_small as eval_small
 from numbabn.cpu.small import lies_apart as lies_apart
+from numbabn.cpu.small import passes as passes
 from numbabn.layout import View
 
 Array = NDArray[Any]

@@ -132,6 +132,17 @@ def _pointer(array):
 
 
 @intrinsic
+def address(typingctx: Any, array: Any) -> Any:
+    """Where an array's first element lies; its own ``ctypes.data`` would count references."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(array)(context, builder, value=args[0]).data
+        return builder.ptrtoint(data, I64)
+
+    return types.int64(array), codegen
+
+
+@intrinsic
 def offset(typingctx: Any, source: Any, index: Any) -> Any:
     """Pointer to ``source[index]``."""
 
