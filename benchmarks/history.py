@@ -26,7 +26,13 @@ __all__ = ["kernel_commits", "machine_fields"]
 
 ROOT = Path(__file__).resolve().parents[1]
 # What decides how fast a call is.
-KERNELS = ("numbabn/cpu", "numbabn/functional.py", "numbabn/calls.py", "numbabn/layout.py")
+KERNELS = (
+    "numbabn/cpu",
+    "numbabn/functional.py",
+    "numbabn/backward.py",
+    "numbabn/calls.py",
+    "numbabn/layout.py",
+)
 # Ratios, whose one race has every pass, calls, and two shapes' times: a minute and a half a commit.
 SUBSET = (
     r"^bench_(calls|ratios)\.|^bench_startup\.FirstCall|^bench_memory\..*_step"

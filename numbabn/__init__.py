@@ -1,7 +1,8 @@
 """Batch normalization for people who have arrays and no framework."""
 
+from numbabn.backward import Saved, batch_norm_backward
 from numbabn.config import show_config
-from numbabn.functional import Saved, batch_norm, batch_norm_backward, batch_norm_forward
+from numbabn.functional import batch_norm, batch_norm_forward
 from numbabn.inference import fold_scale_shift, fuse_bn_conv, fuse_conv_bn, fuse_linear_bn
 from numbabn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from numbabn.pool import clear_pool, set_pool_limit

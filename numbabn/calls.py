@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from numbabn import checks, layout
+from numbabn import checks, layout, pool
 from numbabn.backends import cpu
 from numbabn.layout import View
 
@@ -158,37 +158,25 @@ def check_forward(
 class Known:
     """What is remembered of inputs of one shape, strides, dtype and channel axis."""
 
-    __slots__ = ("axis", "channels_shape", "nothing", "view")
+    __slots__ = (
+        "axis", "channels_dtype", "channels_shape", "dtype", "pooled", "shape", "small", "view"
+    )  # fmt: skip
 
-    def __init__(self, view: View, axis: int, dtype: np.dtype[Any]):
+    def __init__(self, x: Array, axis: int, view: View):
         self.view = view
         self.axis = axis
+        self.shape = x.shape
+        self.dtype = x.dtype
+        self.channels_dtype = _FLOAT64 if x.dtype == _FLOAT64 else _FLOAT32
         self.channels_shape = (view.C,)
-        self.nothing = NOTHING[_FLOAT64 if dtype == _FLOAT64 else _FLOAT32]
+        self.small = cpu().passes(view, x.itemsize)
+        self.pooled = view.order is not None or x.nbytes >= pool.SMALLEST
 
-    def takes(self, running_mean: Any, running_var: Any, weight: Any, bias: Any) -> bool:
-        """Whether kernels can take these as they are."""
-        for array in (running_mean, running_var, weight, bias):
-            if array is not None and not (
-                type(array) is np.ndarray
-                and array.dtype is self.nothing.dtype
-                and array.shape == self.channels_shape
-                and array.flags.carray
-            ):
-                return False
-        return True
-
-    def channels(
-        self, running_mean: Any, running_var: Any, weight: Any, bias: Any
-    ) -> tuple[Array, Array, Array, Array]:
-        """The arrays of channels in the order of `Channels`; of size 0 where not given."""
-        none = self.nothing
-        return (
-            none if weight is None else weight,
-            none if bias is None else bias,
-            none if running_mean is None else running_mean,
-            none if running_var is None else running_var,
-        )
+    def empty(self) -> Array:
+        """A new array that lies in memory as the inputs do."""
+        if self.pooled:
+            return layout.empty(self.view, self.shape, self.dtype)
+        return np.empty(self.shape, self.dtype)
 
 
 _known: dict[Any, Known | None] = {}
@@ -207,7 +195,7 @@ def known(x: Any, channel_axis: Any) -> Known | None:
         if fits and -x.ndim <= channel_axis < x.ndim:
             axis = channel_axis % x.ndim
             view = layout.describe(x.shape, x.strides, x.itemsize, axis)
-            found = None if view is None else Known(view, axis, x.dtype)
+            found = None if view is None else Known(x, axis, view)
         if len(_known) > 4096:
             _known.clear()
         _known[key] = found
@@ -251,19 +239,13 @@ def small_eval(
 
 
 def quick_forward(
-    x: Any,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any,
-    bias: Any,
-    training: Any,
-    momentum: Any,
-    eps: Any,
-    channel_axis: Any,
-    out: Any,
-    in_place: bool,
-) -> Known | None:
-    """What is known of x, if the call is an ordinary one: nothing to convert, nothing wrong."""
+    x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, training: Any,
+    momentum: Any, eps: Any, channel_axis: Any, out: Any,
+) -> tuple[Known, list[Array]] | None:  # fmt: skip
+    """What is known of x, and its `Channels`, if there is nothing to convert.
+
+    Nor anything wrong, but that `out` may share memory with the others: see `lies_apart`.
+    """
     found = known(x, channel_axis)
     if found is None or not (
         type(eps) is float
@@ -273,20 +255,29 @@ def quick_forward(
     ):
         return None
     # Anew each time: a dtype, a shape and a write flag can all change in place.
-    if not found.takes(running_mean, running_var, weight, bias):
-        return None
-    if training:
-        if found.view.per_channel == 1:
+    dtype, shape = found.channels_dtype, found.channels_shape
+    given = (weight, bias, running_mean, running_var)
+    channels = []
+    for array in given:
+        if array is None:
+            channels.append(NOTHING[dtype])
+        elif (
+            type(array) is np.ndarray
+            and array.dtype is dtype
+            and array.shape == shape
+            and array.flags.carray
+        ):
+            channels.append(array)
+        else:
             return None
-        if not _are_apart(running_mean, running_var):
+    if training:
+        if found.view.per_channel == 1 or not _are_apart(running_mean, running_var):
             return None
     elif running_mean is None or running_var is None:
         return None
-    if out is not None and not lies_apart(
-        out, x, (running_mean, running_var, weight, bias), out is x and in_place
-    ):
+    if out is not None and not matches(out, x):
         return None
-    return found
+    return found, channels
 
 
 def _are_apart(a: Any, b: Any) -> bool:
@@ -298,24 +289,25 @@ def _are_apart(a: Any, b: Any) -> bool:
     return not np.may_share_memory(a, b)
 
 
-def lies_apart(out: Any, x: Array, others: tuple[Any, ...], is_x: bool) -> bool:
-    """Whether `out` is laid out like x, writable, and shares memory with nothing else.
-
-    The others are arrays of channels, contiguous, or None; at most four.
-    """
-    if not (
+def matches(out: Any, x: Array) -> bool:
+    """Whether `out` is writable, and laid out like x."""
+    return (
         type(out) is np.ndarray
         and out.shape == x.shape
         and out.strides == x.strides
         and out.dtype is x.dtype
         and out.flags.behaved
-    ):
-        return False
-    if not (out.flags.c_contiguous and out.itemsize > 2 and x.flags.writeable):
-        return (is_x or not np.may_share_memory(out, x)) and not any(
-            other is not None and np.may_share_memory(out, other) for other in others
+    )
+
+
+def lies_apart(out: Array, x: Array, same: bool, others: list[Array]) -> bool:
+    """Whether `out` shares no memory with the others, nor with x, unless it is the `same`.
+
+    All are dense, and the others at most four.
+    """
+    if out.itemsize == 2:  # a kernel more would cost more than this does
+        return (same or not np.may_share_memory(out, x)) and not any(
+            np.may_share_memory(out, other) for other in others
         )
-    none = NOTHING[_FLOAT32]
-    arrays = [none if other is None else other for other in others]
-    arrays += [none] * (4 - len(arrays))
-    return bool(cpu().lies_apart(out.reshape(-1), x.reshape(-1), is_x, *arrays))
+    others = others + others[:1] * (4 - len(others))
+    return bool(cpu().lies_apart(layout.flatten(out), layout.flatten(x), same, *others))

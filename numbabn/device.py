@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from numbabn import checks, cuda, layout
+from numbabn.backward import Saved
 from numbabn.cuda import interop, launch
 from numbabn.cuda.arrays import NOTHING, DeviceArray, Queue
 from numbabn.cuda.interop import STORAGE, CudaArray
-from numbabn.functional import Saved
 from numbabn.layout import View
 
 _FLOAT32, _FLOAT64 = STORAGE["float32"], STORAGE["float64"]

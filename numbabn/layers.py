@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from numbabn import checks, functional
+from numbabn import checks
+from numbabn.backward import batch_norm_backward
+from numbabn.functional import batch_norm, batch_norm_forward
 from numbabn.inference import fold_scale_shift
 from numbabn.state import IncompatibleKeys, load_state
 
@@ -176,9 +178,9 @@ class _BatchNorm:
         # First let go of the last call's input: its memory can serve for this call's output.
         self._saved = None
         if save:
-            y, self._saved = functional.batch_norm_forward(*arguments, **options)
+            y, self._saved = batch_norm_forward(*arguments, **options)
         else:
-            y = functional.batch_norm(*arguments, **options)
+            y = batch_norm(*arguments, **options)
         if counting:
             self.num_batches_tracked[...] += 1
         return y
@@ -220,9 +222,7 @@ class _BatchNorm:
                 "backward: expected a forward call before it, one that saves what backward needs"
             )
         needs = (True, self.weight is not None, self.bias is not None)
-        grads = functional.batch_norm_backward(
-            grad_output, self._saved, needs=needs, out=out, stream=stream
-        )
+        grads = batch_norm_backward(grad_output, self._saved, needs=needs, out=out, stream=stream)
         grad_input, grad_weight, grad_bias = grads[:3]
         if grad_weight is not None:
             self.weight_grad = _accumulate(self.weight_grad, grad_weight)

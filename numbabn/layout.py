@@ -70,11 +70,9 @@ def describe(
     return View(columns, N, C, L, None if in_c_order else order)
 
 
-def flatten(array: Array, view: View) -> Array:
-    """The array's memory as a vector of float32, float64, int16 (float16) or uint16 (bfloat16)."""
-    if view.order is not None:
-        array = array.transpose(view.order)
-    flat = array.reshape(-1)
+def flatten(array: Array) -> Array:
+    """A dense array's memory as a vector: float32, float64, int16 (float16), uint16 (bfloat16)."""
+    flat = array.ravel("K")
     if flat.itemsize == 2:
         flat = flat.view(np.int16 if flat.dtype == np.float16 else np.uint16)
     return flat
@@ -90,9 +88,9 @@ class _Alias:
         self.array = array  # keeps the memory alive
 
 
-def flatten_input(array: Array, view: View) -> Array:
+def flatten_input(array: Array) -> Array:
     """`flatten`, for an array that is only read."""
-    flat = flatten(array, view)
+    flat = flatten(array)
     if flat.flags.writeable:
         return flat
     alias: Array = np.asarray(_Alias(flat))

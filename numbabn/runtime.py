@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numbabn import layout
-from numbabn.functional import batch_norm, batch_norm_backward, batch_norm_forward
+from numbabn.backward import batch_norm_backward
+from numbabn.functional import batch_norm, batch_norm_forward
 from numbabn.stages import (
     batch_norm_backward_elemt,
     batch_norm_backward_reduce,

@@ -74,7 +74,7 @@ def batch_norm_stats(x: Any, *, channel_axis: int = 1, stream: Any = None) -> St
     if x.size == 0:
         return Stats(0, np.zeros(C), np.zeros(C))
     x, view = dense(x, axis)
-    return Stats(view.per_channel, *cpu().stats(layout.flatten_input(x, view), view))
+    return Stats(view.per_channel, *cpu().stats(layout.flatten_input(x), view))
 
 
 def normalize(
@@ -141,13 +141,13 @@ def normalize(
         check_target(out, x, view)
         checks.no_overlap("out", out, {"scale": scale, "shift": shift})
         checks.same_or_no_overlap("out", out, {"x": x, "residual": residual})
-    flat = layout.flatten_input(x, view)
+    flat = layout.flatten_input(x)
     added = None
     if residual is not None:
-        added = layout.flatten_input(laid_out(residual, view), view)
+        added = layout.flatten_input(laid_out(residual, view))
     y = out if out is not None else layout.empty(view, x.shape, x.dtype)
     table = cpu().known_table(flat, np.zeros(C), np.ones(C), factor, term)
-    cpu().normalize(flat, added, None, layout.flatten(y, view), view, table, relu)
+    cpu().normalize(flat, added, None, layout.flatten(y), view, table, relu)
     return y
 
 
@@ -205,8 +205,8 @@ def batch_norm_backward_reduce(
     if x.size == 0:
         return np.zeros(C), np.zeros(C)
     x, view = dense(x, axis)
-    flat = layout.flatten_input(x, view)
-    dy = layout.flatten_input(laid_out(grad_output, view), view)
+    flat = layout.flatten_input(x)
+    dy = layout.flatten_input(laid_out(grad_output, view))
     table = cpu().known_table(flat, mean, np.ones(C), np.empty(0), np.empty(0))
     sums = cpu().backward_eval(dy, flat, None, None, None, view, table, relu=False)
     return sums[0], sums[1]
@@ -296,10 +296,10 @@ def batch_norm_backward_elemt(
     if out is not None:
         check_target(out, x, view)
         checks.same_or_no_overlap("out", out, {"grad_output": grad_output, "x": x})
-    flat, dy = layout.flatten_input(x, view), layout.flatten_input(grad_output, view)
+    flat, dy = layout.flatten_input(x), layout.flatten_input(grad_output)
     table = cpu().known_table(flat, mean, invstd, gamma, np.empty(0))
     slopes = cpu().slopes_from_sums(flat, count, total, product, table)
     grad_input = out if out is not None else layout.empty(view, x.shape, x.dtype)
-    dx = layout.flatten(grad_input, view)
+    dx = layout.flatten(grad_input)
     cpu().backward_elements(dy, flat, None, dx, None, view, table, slopes, relu=False)
     return grad_input

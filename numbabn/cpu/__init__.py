@@ -19,6 +19,7 @@ from numbabn.cpu.channels import SLOPE_ROWS as SLOPE_ROWS
 from numbabn.cpu.channels import TABLE_ROWS as TABLE_ROWS
 from numbabn.cpu.small import eval_small as eval_small
 from numbabn.cpu.small import lies_apart as lies_apart
+from numbabn.cpu.small import passes as passes
 from numbabn.layout import View
 
 Array = NDArray[Any]
@@ -71,23 +72,21 @@ def _normalize(
     x: Array, residual: Array | None, bits: Array | None, out: Array, view: View,
     channels: tuple[Any, ...], relu: bool,
 ) -> None:  # fmt: skip
-    threads = schedule.threads_for(x.size)
-    plan = schedule.plan(view, x.itemsize, threads)
+    plan = schedule.plan_for(x, view)
     floor = 0.0 if relu else -np.inf
     streaming = schedule.streams(view, x.nbytes, bits is not None, out)
     schedule.run(
-        "normalize_" + plan.name, threads, plan.element_items, x, residual, bits, out,
+        "normalize_", plan, plan.element_items, x, residual, bits, out,
         *plan.element_sizes, *channels, floor, streaming,
     )  # fmt: skip
 
 
 def batch_stats(x: Array, view: View) -> Array:
     """Sums of all chunks, shape ``(chunks, 4, C)``."""
-    threads = schedule.threads_for(x.size)
-    plan = schedule.plan(view, x.itemsize, threads)
+    plan = schedule.plan_for(x, view)
     partials = np.empty((plan.chunks, FORWARD_FIELDS, view.C))
     schedule.run(
-        "stats_" + plan.name, threads, plan.chunk_items, x, *plan.chunk_sizes, partials
+        "stats_", plan, plan.chunk_items, x, *plan.chunk_sizes, partials
     )  # fmt: skip
     return partials
 
@@ -107,7 +106,7 @@ def forward_train(
     """Normalize with the batch's own statistics; returns the table."""
     table = np.empty((TABLE_ROWS, view.C))
     channels = (weight, bias, running_mean, running_var, momentum, eps, table)
-    threads, plan = schedule.training_plan(view, x.itemsize, x.size)
+    plan = schedule.training_plan(x, view)
     if not plan.forward_by_channel:
         serial.finish_stats(x, batch_stats(x, view), *channels)
         normalize(x, residual, bits, out, view, table, relu)
@@ -115,7 +114,7 @@ def forward_train(
     floor = 0.0 if relu else -np.inf
     streaming = schedule.streams(view, x.nbytes, bits is not None, out)
     schedule.run(
-        "forward_" + plan.name, threads, plan.channel_items, x, residual, bits, out,
+        "forward_", plan, plan.channel_items, x, residual, bits, out,
         *plan.forward_sizes, *channels, floor, streaming,
     )  # fmt: skip
     return table
@@ -125,13 +124,12 @@ def _backward_partials(
     grad_output: Array, x: Array, bits: Array | None, grad_input: Array | None,
     grad_residual: Array | None, view: View, table: Array, relu: bool,
 ) -> Array:  # fmt: skip
-    threads = schedule.threads_for(x.size)
-    plan = schedule.plan(view, x.itemsize, threads)
+    plan = schedule.plan_for(x, view)
     partials = np.empty((plan.chunks, BACKWARD_FIELDS, view.C))
     written = [array for array in (grad_input, grad_residual) if array is not None]
     streaming = bool(written) and schedule.streams(view, x.nbytes, True, *written)
     schedule.run(
-        "backward_sums_" + plan.name, threads, plan.chunk_items, grad_output, x, bits, grad_input,
+        "backward_sums_", plan, plan.chunk_items, grad_output, x, bits, grad_input,
         grad_residual, *plan.chunk_sizes, table, partials, relu, streaming,
     )  # fmt: skip
     return partials
@@ -159,12 +157,11 @@ def backward_elements(
     grad_residual: Array | None, view: View, table: Array, slopes: Array, relu: bool,
 ) -> None:  # fmt: skip
     """Training's input gradient, from sums that are known already."""
-    threads = schedule.threads_for(x.size)
-    plan = schedule.plan(view, x.itemsize, threads)
+    plan = schedule.plan_for(x, view)
     written = (grad_input,) if grad_residual is None else (grad_input, grad_residual)
     streaming = schedule.streams(view, x.nbytes, bits is not None, *written)
     schedule.run(
-        "backward_elements_" + plan.name, threads, plan.element_items, grad_output, x, bits,
+        "backward_elements_", plan, plan.element_items, grad_output, x, bits,
         grad_input, grad_residual, *plan.element_sizes, table, slopes, relu, streaming,
     )  # fmt: skip
 
@@ -177,7 +174,7 @@ def backward_train(
     """Training's input gradient and ``sums = (dbias, dweight)``, shape (2, C)."""
     arrays = (grad_output, x, bits, grad_input, grad_residual)
     sums, slopes = np.empty((2, view.C), dtype), np.empty((SLOPE_ROWS, view.C))
-    threads, plan = schedule.training_plan(view, x.itemsize, x.size)
+    plan = schedule.training_plan(x, view)
     if not plan.backward_by_channel:
         partials = _backward_partials(grad_output, x, bits, None, None, view, table, relu)
         serial.finish_sums(x, partials, table, sums, slopes)
@@ -186,7 +183,7 @@ def backward_train(
     written = (grad_input,) if grad_residual is None else (grad_input, grad_residual)
     streaming = schedule.streams(view, x.nbytes, bits is not None, *written)
     schedule.run(
-        "backward_" + plan.name, threads, plan.channel_items, *arrays, *plan.backward_sizes, table,
+        "backward_", plan, plan.channel_items, *arrays, *plan.backward_sizes, table,
         sums, slopes, relu, streaming,
     )  # fmt: skip
     return sums

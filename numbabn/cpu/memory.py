@@ -132,6 +132,17 @@ def _pointer(array):
 
 
 @intrinsic
+def address(typingctx: Any, array: Any) -> Any:
+    """Where an array's first element lies; its own ``ctypes.data`` would count references."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(array)(context, builder, value=args[0]).data
+        return builder.ptrtoint(data, I64)
+
+    return types.int64(array), codegen
+
+
+@intrinsic
 def offset(typingctx: Any, source: Any, index: Any) -> Any:
     """Pointer to ``source[index]``."""
 
@@ -223,7 +234,7 @@ def store_first(typingctx: Any, target: Any, index: Any, count: Any, value: Any)
     return types.void(target, types.int64, types.int64, vector_of(target)), codegen
 
 
-# Bytes to fetch ahead of where one reads. The hardware's own prefetchers follow a stream too closely
+# Bytes to fetch ahead of where one reads. The hardware's own prefetchers follow too closely on it
 # to keep a core's share of the memory busy (measured: 24 GB/s without, 54 GB/s from 8 KiB on).
 AHEAD = 16 << 10
 

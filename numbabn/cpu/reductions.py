@@ -204,8 +204,8 @@ def add_eight_rows(x, i, K, ahead, j, count, shifts, sums, squares):
 def column_sums(x, K, m0, m1, k0, width, shifts, sums, squares):
     """Per column of k0:k0+width, sums over rows m0:m1 of ``d = x - shift`` and of ``d * d``.
 
-    Eight rows at a time, so that the running sums, which are in L1, are touched seldom. Lanes beyond
-    `width` hold nothing of meaning.
+    Eight rows at a time, so that the running sums, which are in L1, are touched seldom. Lanes
+    beyond `width` hold nothing of meaning.
     """
     for j in range(0, width, LANES):
         store(sums, j, splat64(0.0))

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
+import numba.np.ufunc.parallel as numba_parallel
 import numpy as np
 from numpy.typing import NDArray
 
@@ -100,6 +102,7 @@ class Plan(NamedTuple):
     """
 
     name: str  # "planes" or "columns": how the kernels' names end
+    threads: int
     chunks: int  # of each channel
     chunk_sizes: tuple[int, ...]
     chunk_items: int
@@ -137,6 +140,7 @@ def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
     channel_sizes = (N, C, L, rows, segment, chunks, group)
     return Plan(
         "planes",
+        threads,
         chunks,
         (N, C, L, rows, segment),
         C * chunks,
@@ -193,6 +197,7 @@ def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
     enough = enough and block * L * itemsize >= min(SHORTEST_PIECE, C * L * itemsize)
     return Plan(
         "columns",
+        threads,
         chunks,
         (M, C, L, rows, block),
         chunks * blocks,
@@ -262,11 +267,22 @@ def _layer() -> str:
     return str(numba.threading_layer())
 
 
+@cache
+def _get_num_threads() -> Callable[[], int]:
+    """Numba's `get_num_threads`, or the part of it that matters once the threads are there.
+
+    That takes 0.1 us, and the whole 0.6, for it makes sure each time that they are.
+    """
+    numba.get_num_threads()
+    inner: Callable[[], int] | None = getattr(numba_parallel, "_get_num_threads", None)
+    return numba.get_num_threads if inner is None else inner
+
+
 def threads_for(size: int) -> int:
     """How many threads should share `size` values."""
     if size < PARALLEL_FROM["omp"] or process.serial_only:
         return 1
-    threads = int(numba.get_num_threads())
+    threads = int(_get_num_threads()())
     if threads == 1:
         return 1
     process.has_run_parallel = True
@@ -278,18 +294,23 @@ def threads_for(size: int) -> int:
 MEETING_FROM = 1 << 16
 
 
-def training_plan(view: View, itemsize: int, size: int) -> tuple[int, Plan]:
-    """How many threads should train on `size` values, and their plan."""
-    threads = threads_for(size)
-    found = plan(view, itemsize, threads)
-    if threads > 1 and size < MEETING_FROM and not found.backward_by_channel:
-        return 1, plan(view, itemsize, 1)
-    return threads, found
+def plan_for(x: Array, view: View) -> Plan:
+    """The plan for going through x once."""
+    return plan(view, x.itemsize, threads_for(x.size))
 
 
-def run(name: str, threads: int, items: int, *arguments: Any) -> None:
+def training_plan(x: Array, view: View) -> Plan:
+    """The plan for training on x."""
+    found = plan_for(x, view)
+    if found.threads > 1 and x.size < MEETING_FROM and not found.backward_by_channel:
+        return plan(view, x.itemsize, 1)
+    return found
+
+
+def run(name: str, plan: Plan, items: int, *arguments: Any) -> None:
     """Run kernel `name` over its items, on several threads if there are several of both."""
-    parts = 1 if threads == 1 else min(threads, items)
+    name += plan.name
+    parts = 1 if plan.threads == 1 else min(plan.threads, items)
     if parts == 1:
         getattr(serial, name)(*arguments, 0, items)
     elif _layer() != "workqueue":

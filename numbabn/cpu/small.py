@@ -1,21 +1,24 @@
-"""The eval forward pass of arrays so small that calling it is what costs, checks included.
+"""Whole passes over arrays so small that calling them is what costs: one kernel each.
 
-Numba's dispatcher looks at the type of each argument anyway, so the checks that Python would make
-of dtypes, layouts and write flags are left to it: `eval_small` compiles to nothing for types that
-do not fit, and otherwise looks at shapes and addresses, before it writes anything. It says whether
-it did the job; if not, the ordinary way does it, or finds what is wrong.
+They look at addresses themselves, before they write anything, and say whether they did the job; if
+not, the ordinary way finds what is wrong.
+
+`eval_small` leaves even more to the kernel. Numba's dispatcher looks at the type of each argument
+anyway, so the checks that Python would make of dtypes, layouts and write flags are left to it: it
+compiles to nothing for types that do not fit, and otherwise looks at shapes as well.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba.core import types
 from numba.extending import overload
 
-from numbabn.cpu import serial
+from numbabn.cpu import schedule, serial
+from numbabn.cpu.channels import BACKWARD_FIELDS, SLOPE_ROWS, TABLE_ROWS
+from numbabn.cpu.memory import address
 from numbabn.cpu.options import inline, kernel
-from numbabn.cpu.schedule import COLUMNS
-from numbabn.layout import SHORT_PLANE
+from numbabn.layout import SHORT_PLANE, View
 
 # Elements up to which one thread, called like this, is done before several have been called the
 # ordinary way (measured: 13 us instead of 17 for 100,000 elements on two cores).
@@ -25,7 +28,7 @@ SMALL = 1 << 17
 @inline
 def span(array):
     """First address, and the one after the last."""
-    start = array.ctypes.data
+    start = address(array)
     return start, start + array.size * array.itemsize
 
 
@@ -37,16 +40,22 @@ def apart_or_same(out, other, may_be_same):
     return a_end <= b or b_end <= a or (may_be_same and a == b and a_end == b_end)
 
 
-@kernel
-def lies_apart(out, other, may_be_same, a, b, c, d):
-    """Whether `out` shares no memory with any of the others, all of them contiguous."""
+@inline
+def all_apart(out, x, same, weight, bias, running_mean, running_var):
+    """Whether `out` shares no memory with any of the others, or is all of x if it may be."""
     return (
-        apart_or_same(out, other, may_be_same)
-        and apart_or_same(out, a, False)
-        and apart_or_same(out, b, False)
-        and apart_or_same(out, c, False)
-        and apart_or_same(out, d, False)
+        apart_or_same(out, x, same)
+        and apart_or_same(out, weight, False)
+        and apart_or_same(out, bias, False)
+        and apart_or_same(out, running_mean, False)
+        and apart_or_same(out, running_var, False)
     )
+
+
+@kernel
+def lies_apart(out, x, same, a, b, c, d):
+    """`all_apart`, for any arrays in place of those of channels."""
+    return all_apart(out, x, same, a, b, c, d)
 
 
 def _fit(x: Any, out: Any, channels: tuple[Any, ...], scalars: tuple[Any, ...]) -> bool:
@@ -102,17 +111,11 @@ def _eval_small_overload(
             L *= x.shape[i] if i > axis else 1
         if not (weight.size == bias.size == running_mean.size == running_var.size == C):
             return False
-        if not (
-            apart_or_same(out, x, True)
-            and apart_or_same(out, weight, False)
-            and apart_or_same(out, bias, False)
-            and apart_or_same(out, running_mean, False)
-            and apart_or_same(out, running_var, False)
-        ):
+        if not all_apart(out, x, True, weight, bias, running_mean, running_var):
             return False
         table = np.empty((0, 0))
         if L == 1 or (N > 1 and L < SHORT_PLANE):
-            block = max(16, COLUMNS // L // 16 * 16)
+            block = max(16, schedule.COLUMNS // L // 16 * 16)
             serial.normalize_columns(
                 x, None, None, out, N, C, L, N, block, weight, bias, running_mean, running_var,
                 eps, table, floor, False, 0, (C + block - 1) // block,
@@ -133,3 +136,123 @@ def eval_small(x, out, weight, bias, running_mean, running_var, momentum, eps, f
     return _eval_small(
         x, out, weight, bias, running_mean, running_var, momentum, eps, floor, channel_axis
     )
+
+
+# --- training, and what goes back -------------------------------------------------------------
+
+
+class Passes(NamedTuple):
+    """The kernels for arrays that lie like some view, what they are told about its sizes, and more.
+
+    The arrays are those of `serial`, flat and dense; `out` may be `same` as the first of them.
+    """
+
+    forward: Any
+    backward: Any
+    sizes: tuple[int, ...]
+    table_shape: tuple[int, int]
+    sums_shape: tuple[int, int]
+
+
+def passes(view: View, itemsize: int) -> Passes | None:
+    """The kernels for small arrays that lie like `view`; None if it is not small."""
+    plan = schedule.plan(view, itemsize, 1)
+    small = view.C * view.per_channel < schedule.PARALLEL_FROM["omp"]
+    if not (small and plan.forward_by_channel and plan.backward_by_channel):
+        return None
+    forward, backward = forward_planes, backward_planes
+    if view.columns:
+        forward, backward = forward_columns, backward_columns
+    return Passes(forward, backward, plan.forward_sizes, (TABLE_ROWS, view.C), (2, view.C))
+
+
+@kernel
+def forward_planes(
+    x, out, same, weight, bias, running_mean, running_var, training, momentum, eps, table, floor,
+    sizes,
+):  # fmt: skip
+    """The forward pass, if `out` lies apart from the rest; returns whether it does."""
+    if not all_apart(out, x, same, weight, bias, running_mean, running_var):
+        return False
+    N, C, L, _, segment = sizes[:5]
+    if training:
+        serial.forward_planes(
+            x, None, None, out, *sizes, weight, bias, running_mean, running_var, momentum, eps,
+            table, floor, False, 0, C,
+        )  # fmt: skip
+    else:
+        none = weight[:0]
+        serial.finish_eval(x, weight, bias, running_mean, running_var, eps, table)
+        serial.normalize_planes(
+            x, None, None, out, C, L, segment, none, none, none, none, eps, table, floor, False, 0,
+            N * C * ((L + segment - 1) // segment),
+        )  # fmt: skip
+    return True
+
+
+@kernel
+def forward_columns(
+    x, out, same, weight, bias, running_mean, running_var, training, momentum, eps, table, floor,
+    sizes,
+):  # fmt: skip
+    """The forward pass, if `out` lies apart from the rest; returns whether it does."""
+    if not all_apart(out, x, same, weight, bias, running_mean, running_var):
+        return False
+    M, C, L, _, block = sizes[:5]
+    blocks = (C + block - 1) // block
+    if training:
+        serial.forward_columns(
+            x, None, None, out, *sizes, weight, bias, running_mean, running_var, momentum, eps,
+            table, floor, False, 0, blocks,
+        )  # fmt: skip
+    else:
+        none = weight[:0]
+        serial.finish_eval(x, weight, bias, running_mean, running_var, eps, table)
+        serial.normalize_columns(
+            x, None, None, out, M, C, L, M, block, none, none, none, none, eps, table, floor, False,
+            0, blocks,
+        )  # fmt: skip
+    return True
+
+
+@kernel
+def backward_planes(grad_output, x, out, same, training, table, sums, relu, sizes):
+    """The backward pass, if `out` lies apart from the rest; returns whether it does."""
+    if not (apart_or_same(out, grad_output, same) and apart_or_same(out, x, False)):
+        return False
+    N, C, L, rows, segment, chunks, _, _ = sizes
+    slopes = np.empty((SLOPE_ROWS, C))
+    if training:
+        serial.backward_planes(
+            grad_output, x, None, out, None, *sizes, table, sums, slopes, relu, False, 0, C
+        )
+    else:
+        partials = np.empty((chunks, BACKWARD_FIELDS, C))
+        serial.backward_sums_planes(
+            grad_output, x, None, out, None, N, C, L, rows, segment, table, partials, relu,
+            False, 0, C * chunks,
+        )  # fmt: skip
+        serial.finish_sums(x, partials, table, sums, slopes)
+    return True
+
+
+@kernel
+def backward_columns(grad_output, x, out, same, training, table, sums, relu, sizes):
+    """The backward pass, if `out` lies apart from the rest; returns whether it does."""
+    if not (apart_or_same(out, grad_output, same) and apart_or_same(out, x, False)):
+        return False
+    M, C, L, rows, block, chunks = sizes
+    blocks = (C + block - 1) // block
+    slopes = np.empty((SLOPE_ROWS, C))
+    if training:
+        serial.backward_columns(
+            grad_output, x, None, out, None, *sizes, table, sums, slopes, relu, False, 0, blocks
+        )
+    else:
+        partials = np.empty((chunks, BACKWARD_FIELDS, C))
+        serial.backward_sums_columns(
+            grad_output, x, None, out, None, M, C, L, rows, block, table, partials, relu, False, 0,
+            blocks * chunks,
+        )  # fmt: skip
+        serial.finish_sums(x, partials, table, sums, slopes)
+    return True
