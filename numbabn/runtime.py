@@ -220,7 +220,9 @@ def warmup(
             x, mean, var = np.ones(shape, scalars[name]), np.zeros(C), np.ones(C)
             if name != "float64":
                 mean, var = mean.astype(np.float32), var.astype(np.float32)
-            _PASSES[what](x, mean, var)
+            for count in {threads, 1}:  # one thread has kernels of its own for large arrays, too
+                numba.set_num_threads(count)
+                _PASSES[what](x, mean, var)
     finally:
         numba.set_num_threads(before)
     tell(len(steps), len(steps), "")
