@@ -208,6 +208,7 @@ def column_moments(x, i, step, rows, firsts):
     n = like(rows, 0)
     while n + 2 <= rows:
         a, b = load(x, i), load(x, i + step)
+        share = as_float(x, like(n, 2)) / as_float(x, n + 2)
         shift = decode(x, get_slot(firsts, opaque(thread())))
         a, b = decode(x, a) - shift, decode(x, b) - shift
         if is_double(x):  # merging means rounds too much beside an outlier
@@ -216,7 +217,6 @@ def column_moments(x, i, step, rows, firsts):
         middle = (a + b) * half
         a, b = a - middle, b - middle
         apart = middle - mean
-        share = as_float(x, like(n, 2)) / as_float(x, n + 2)
         mean = fma(apart, share, mean)
         m2 = fma(apart * apart, share * as_float(x, n), fma(b, b, fma(a, a, m2)))
         n = n + 2
@@ -251,7 +251,7 @@ def put_centers(x, first, channels, C, L, centers):
     q = thread()
     while q < channels:
         put(centers, q, first_value(x, element(x, (first + q) % C, L, 0)))
-        q = q + threads()
+        q = opaque(q + threads())
     cuda.syncthreads()
 
 
@@ -268,9 +268,9 @@ def put_sums(x, work, at, firsts, number, mean, m2, total, centers, column, L, s
     else:
         apart = near + widen(opaque(mean))
     if squared:
-        put_vector(work, at, fma(apart * apart, number, widen(m2)))
+        put_vector(work, at, fma(apart * apart, number, widen(opaque(m2))))
     elif is_double(x):
-        put_vector(work, at, fma(near, number, widen(total)))
+        put_vector(work, at, fma(near, number, widen(opaque(total))))
     else:
         put_vector(work, at, apart * number)
 
@@ -327,7 +327,10 @@ def stats_columns(storage, aligned, wide):
                 while (again or more) and j < V:
                     value, center = get(work, at + j), get(centers, (column + j) // L)
                     if again:
-                        value = column_again(source, i + j, step, mine, center, squared)
+                        # Where they are is found anew: it is rare, and would take registers.
+                        i = element(source, opaque(begin) + down, K, base + column + j)
+                        step = element(source, tall, K, 0)
+                        value = column_again(source, i, step, mine, center, squared)
                     if more and base + column + j < left:
                         own = scalar(source, element(source, height, K, base + column + j))
                         apart = widen(own) - center
