@@ -159,6 +159,17 @@ def same_results(a, b):
     assert [r.tobytes() for r in a.running] == [r.tobytes() for r in b.running]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_last_tile_of_columns_may_be_narrow(dtype):
+    # 60 channels are no whole number of tiles; the interpreter stops where shared words are read
+    # that no thread has written, such as those of columns beyond the last.
+    shape = (True, 300, 60, 1)
+    how = plans.plan(layout.View(*shape, None), np.dtype(dtype).itemsize)
+    slots = how.K * np.dtype(dtype).itemsize // 16
+    assert how.width * how.tiles > slots, how
+    Case(shape, dtype).check()
+
+
 def test_launches_of_each_pass():
     # A channel of (3, 5, 256) fits a block; the others here are shared out.
     counts = {}

@@ -35,6 +35,7 @@ from numbabn.cuda.memory import (
     no_slot,
     opaque,
     pointer,
+    scalar,
     store,
     store_any,
     store_byte,
@@ -47,7 +48,7 @@ from numbabn.cuda.options import (
     Size,
     inline,
 )
-from numbabn.cuda.reductions import first_value, merge_threads, slot_again
+from numbabn.cuda.reductions import first_value, merge_threads
 from numbabn.cuda.shared import get, put, shared_float64, shared_like
 from numbabn.cuda.sums import SUM_SPACE, block_sums
 from numbabn.cuda.vector import (
@@ -56,7 +57,6 @@ from numbabn.cuda.vector import (
     doubtful,
     fma,
     lane,
-    part_bits,
     positive_bits,
     sum_lanes,
     widen,
@@ -159,10 +159,13 @@ def forward_planes(storage, aligned, wide):
             sum_, squares = 0.0, 0.0
             u = thread()
             while u < end:
-                slot = load(source, element(source, (u // slots) * C + c, slots, u % slots) * V)
-                a, b = slot_again(source, slot, part_bits(like(C, 0), like(C, V)), center)
-                sum_, squares = sum_ + a, squares + b
-                u = u + step
+                at = element(source, (u // slots) * C + c, slots, u % slots) * V
+                j = like(C, 0)
+                while j < V:  # one by one: in float64 a slot's numbers would take many registers
+                    apart = widen(scalar(source, at + j)) - center
+                    sum_, squares = sum_ + apart, squares + apart * apart
+                    j = opaque(j + 1)
+                u = opaque(u + step)
             near, offset = center, sum_ / number
             squares = squares - offset * sum_
         scratch, affine = shared_float64(SUM_SPACE), shared_like(source, 3)

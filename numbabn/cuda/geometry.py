@@ -66,6 +66,17 @@ def next_slot(n, v, slots, by):
 
 
 @inline
+def tile_columns(K, V):
+    """Where the block's tile begins, the thread's first column of it, and how many there are.
+
+    The last tile may have fewer than the others, and threads with nothing to do.
+    """
+    width = index(cuda.blockDim.x) * V
+    base = index(cuda.blockIdx.x) * width
+    return base, index(cuda.threadIdx.x) * V, smaller(width, K - base)
+
+
+@inline
 def column_part(x, m, end, height, left, K, k, V):
     """The slot at column k of row m: where it begins, and how many numbers it has.
 

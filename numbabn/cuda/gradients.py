@@ -26,7 +26,15 @@ from numbabn.cuda.channels import (
     SUM_DY_XHAT,
     unit_of,
 )
-from numbabn.cuda.geometry import column_part, next_slot, plane_part, row_part, thread, threads
+from numbabn.cuda.geometry import (
+    column_part,
+    next_slot,
+    plane_part,
+    row_part,
+    thread,
+    threads,
+    tile_columns,
+)
 from numbabn.cuda.indices import as_float, as_float64, index, like, smaller
 from numbabn.cuda.memory import (
     decode,
@@ -284,10 +292,8 @@ def backward_sums_columns(storage, aligned, wide):
         target = pointer(storage, aligned, wide, grad_input)
         passed = pointer(storage, aligned, wide, grad_residual)
         part, parts = index(cuda.blockIdx.y), index(cuda.gridDim.y)
-        columns, tall = index(cuda.blockDim.x) * V, index(cuda.blockDim.y)
-        down = index(cuda.threadIdx.y)
-        column = index(cuda.threadIdx.x) * V  # of the tile
-        base = index(cuda.blockIdx.x) * columns
+        down, tall = index(cuda.threadIdx.y), index(cuda.blockDim.y)
+        base, column, columns = tile_columns(K, V)
         k = base + column
         means, units = shared_like(source, SPACE), shared_like(source, SPACE)
         scales, shifts = shared_like(source, SPACE), shared_like(source, SPACE)

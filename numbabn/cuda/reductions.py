@@ -15,7 +15,7 @@ import math
 from numba import cuda
 
 from numbabn.cuda.channels import CENTER, COUNT, M2, SUM
-from numbabn.cuda.geometry import next_slot, row_part, thread, threads
+from numbabn.cuda.geometry import next_slot, row_part, thread, threads, tile_columns
 from numbabn.cuda.indices import as_float, as_float64, index, like, smaller
 from numbabn.cuda.memory import (
     decode,
@@ -30,7 +30,16 @@ from numbabn.cuda.memory import (
     store_float64,
 )
 from numbabn.cuda.options import THREADS, TILE_WIDTH, Address, Size, inline
-from numbabn.cuda.shared import get, get_columns, put, put_vector, shared_float64
+from numbabn.cuda.shared import (
+    get,
+    get_columns,
+    get_slot,
+    put,
+    put_slot,
+    put_vector,
+    shared_float64,
+    shared_slots,
+)
 from numbabn.cuda.sums import SUM_SPACE, add_up, block_sums, tile_sums
 from numbabn.cuda.vector import (
     LANES,
@@ -186,10 +195,11 @@ def stats_planes(storage, aligned, wide):
 
 
 @inline
-def column_moments(x, i, step, rows, first):
-    """Per column, mean, m2 and, for float64, the sum of `rows` rows' values less slot `first`'s.
+def column_moments(x, i, step, rows, firsts):
+    """Per column, mean, m2 and, for float64, the sum of `rows` rows' values less the first row's.
 
-    The rows' slots are at i, i + step, and so on; two rows are a tile.
+    The rows' slots are at i, i + step, and so on; two rows are a tile. The first row's waits in
+    shared memory: registers are dearer.
     """
     one = as_float(x, like(rows, 1))
     half = one / as_float(x, like(rows, 2))
@@ -198,7 +208,8 @@ def column_moments(x, i, step, rows, first):
     n = like(rows, 0)
     while n + 2 <= rows:
         a, b = load(x, i), load(x, i + step)
-        shift = decode(x, opaque(first))
+        share = as_float(x, like(n, 2)) / as_float(x, n + 2)
+        shift = decode(x, get_slot(firsts, opaque(thread())))
         a, b = decode(x, a) - shift, decode(x, b) - shift
         if is_double(x):  # merging means rounds too much beside an outlier
             total, lost = add_up(x, total, lost, a)
@@ -206,13 +217,12 @@ def column_moments(x, i, step, rows, first):
         middle = (a + b) * half
         a, b = a - middle, b - middle
         apart = middle - mean
-        share = as_float(x, like(n, 2)) / as_float(x, n + 2)
         mean = fma(apart, share, mean)
         m2 = fma(apart * apart, share * as_float(x, n), fma(b, b, fma(a, a, m2)))
         n = n + 2
         i = i + step * 2
     if n < rows:
-        apart = decode(x, load(x, i)) - decode(x, opaque(first))
+        apart = decode(x, load(x, i)) - decode(x, get_slot(firsts, opaque(thread())))
         if is_double(x):
             total, lost = add_up(x, total, lost, apart)
         apart = apart - mean
@@ -223,34 +233,52 @@ def column_moments(x, i, step, rows, first):
 
 
 @inline
-def column_again(x, i, step, rows, center):
-    """Mean and m2 of one column's values less `center`, in float64."""
-    total, squares = 0.0, 0.0
+def column_again(x, i, step, rows, center, squared):
+    """Sum of one column's values less `center`, or of their squares, in float64."""
+    total = 0.0
     n = like(rows, 0)
     while n < rows:
         apart = widen(scalar(x, i)) - center
-        total = total + apart
-        squares = squares + apart * apart
+        total = total + (apart * apart if squared else apart)
         i = i + step
-        n = n + 1
-    mean = total / as_float64(rows)
-    return mean, squares - mean * total
+        n = opaque(n + 1)
+    return total
 
 
 @inline
-def put_centers(x, first, channels, C, L, K, centers):
+def put_centers(x, first, channels, C, L, centers):
     """The first values of channels from `first` on, into shared memory."""
     q = thread()
-    while q < channels and (first + q) * L < K:
+    while q < channels:
         put(centers, q, first_value(x, element(x, (first + q) % C, L, 0)))
-        q = q + threads()
+        q = opaque(q + threads())
     cuda.syncthreads()
+
+
+@inline
+def put_sums(x, work, at, firsts, number, mean, m2, total, centers, column, L, squared):
+    """For each column of a slot, what its `number` values less their center sum to, in `work`.
+
+    Or, if `squared`, their squares. mean, m2 and total are relative to the thread's first slot.
+    """
+    near = widen(decode(x, get_slot(firsts, opaque(thread())))) - get_columns(x, centers, column, L)
+    apart = near
+    if is_double(x):
+        apart = near + widen(opaque(total)) * (1.0 / number if number > 0.0 else 0.0)
+    else:
+        apart = near + widen(opaque(mean))
+    if squared:
+        put_vector(work, at, fma(apart * apart, number, widen(opaque(m2))))
+    elif is_double(x):
+        put_vector(work, at, fma(near, number, widen(opaque(total))))
+    else:
+        put_vector(work, at, apart * number)
 
 
 def stats_columns(storage, aligned, wide):
     V = LANES[storage]
     WORK = THREADS * LANES[storage]
-    SPACE = TILE_WIDTH * LANES[storage]
+    SPACE = TILE_WIDTH * LANES[storage]  # channels that a tile can have
 
     def stats_columns(
         x: Address, C: Size, L: Size, K: Size, height: Size, left: Size, rows: Size,
@@ -259,119 +287,75 @@ def stats_columns(storage, aligned, wide):
         C, L, K, height = index(C), index(L), index(K), index(height)
         source = pointer(storage, aligned, wide, x)
         part, parts = index(cuda.blockIdx.y), index(cuda.gridDim.y)
-        columns, tall = index(cuda.blockDim.x) * V, index(cuda.blockDim.y)
-        down = index(cuda.threadIdx.y)
-        column = index(cuda.threadIdx.x) * V  # of the tile
-        k = index(cuda.blockIdx.x) * columns + column
-        first, channels = index(cuda.blockIdx.x) * columns // L, columns // L
-        centers, middles = shared_float64(SPACE), shared_float64(SPACE)
-        work = shared_float64(WORK)
-        put_centers(source, first, channels, C, L, K, centers)
+        down, tall = index(cuda.threadIdx.y), index(cuda.blockDim.y)
+        base, column, columns = tile_columns(K, V)
+        first, channels = base // L, columns // L
+        centers, work = shared_float64(SPACE), shared_float64(WORK)
+        firsts = shared_slots(THREADS)
+        put_centers(source, first, channels, C, L, centers)
 
         # Whole rows of the block; what is left of the last is one value more for some columns.
         begin = smaller(part * index(rows), height)
         whole = smaller(begin + index(rows), height) - begin
         left = index(left) if part == parts - 1 else like(K, 0)
         mine = like(K, 0)
-        if k < K and down < whole:
+        if column < columns and down < whole:
             mine = (whole - down + tall - 1) // tall
-        i, step = element(source, begin + down, K, k), element(source, tall, K, 0)
-        at = down * columns + column
+        i, step = element(source, begin + down, K, base + column), element(source, tall, K, 0)
         mean = splat(source, as_float(source, like(K, 0)))
         m2, total = mean, mean
-        one = no_slot()
+        again = False
+        put_slot(firsts, thread(), no_slot())
         if mine > 0:
-            one = load(source, i)
-            mean, m2, total = column_moments(source, i, step, mine, one)
-        again = mine > 0 and doubtful(m2, decode(source, one))
-        number, lanes = as_float64(mine), opaque(like(K, V))
-        if k < K:
-            shift, mean = decode(source, opaque(one)), opaque(mean)
-            center = get_columns(source, centers, column, L)
-            if is_double(source):
-                put_vector(work, at, fma(widen(shift) - center, number, widen(total)))
-            else:
-                put_vector(work, at, ((widen(shift) - center) + widen(mean)) * number)
-            j = like(K, 0)
-            while again and j < lanes:
-                center = get(centers, (column + j) // L)
-                put(work, at + j, column_again(source, i + j, step, mine, center)[0] * number)
-                j = j + 1
-            j = like(K, 0)
-            while down == 0 and j < lanes and k + j < left:
-                apart = widen(scalar(source, element(source, height, K, k + j)))
-                apart = apart - get(centers, (column + j) // L)
-                put(work, at + j, get(work, at + j) + apart)
-                j = j + 1
-        tile_sums(source, work, columns, tall, L)
-        q = thread()
-        while q < channels:
-            # From here on relative to the mean: the first value may be an outlier.
-            count = whole + 1 if (first + q) * L < left else whole
-            moved = get(centers, q)
-            if count > 0:
-                moved = moved + get(work, q * L) / as_float64(count * L)
-            put(middles, q, moved if math.isfinite(moved) else get(centers, q))
-            q = q + threads()
-        cuda.syncthreads()
-        if k < K:
-            shift, mean = decode(source, opaque(one)), opaque(mean)
-            near = widen(shift) - get_columns(source, middles, column, L)
-            if is_double(source):
-                apart = near + widen(total) * (1.0 / number if mine > 0 else 0.0)
-            else:
-                apart = near + widen(mean)
-            put_vector(work, at, fma(apart * apart, number, widen(m2)))
-            j = like(K, 0)
-            while again and j < lanes:
-                middle = get(middles, (column + j) // L)
-                own, squares = column_again(source, i + j, step, mine, middle)
-                put(work, at + j, squares + own * own * number)
-                j = j + 1
-            j = like(K, 0)
-            while down == 0 and j < lanes and k + j < left:
-                own = widen(scalar(source, element(source, height, K, k + j)))
-                own = own - get(middles, (column + j) // L)
-                put(work, at + j, get(work, at + j) + own * own)
-                j = j + 1
-        tile_sums(source, work, columns, tall, L)
-        copies = K // (C * L)
-        q = thread()
-        while q < channels and (first + q) * L < K:
-            c = first + q
-            chunk = (((c % C) * copies + c // C) * parts + part) * 4
-            count = whole + 1 if c * L < left else whole
-            store_float64(partials, chunk + COUNT, as_float64(count * L))
-            store_float64(partials, chunk + CENTER, get(middles, q))
-            store_float64(partials, chunk + M2, get(work, q * L))
-            q = q + threads()
-        cuda.syncthreads()
-        # What rounding left of the mean.
-        if k < K:
-            shift = decode(source, opaque(one))
-            if is_double(source):
-                near = widen(shift) - get_columns(source, middles, column, L)
-                put_vector(work, at, fma(near, number, widen(total)))
-            else:
-                near = widen(shift) - get_columns(source, middles, column, L)
-                put_vector(work, at, (near + widen(opaque(mean))) * number)
-            j = like(K, 0)
-            while again and j < lanes:
-                middle = get(middles, (column + j) // L)
-                put(work, at + j, column_again(source, i + j, step, mine, middle)[0] * number)
-                j = j + 1
-            j = like(K, 0)
-            while down == 0 and j < lanes and k + j < left:
-                own = widen(scalar(source, element(source, height, K, k + j)))
-                own = own - get(middles, (column + j) // L)
-                put(work, at + j, get(work, at + j) + own)
-                j = j + 1
-        tile_sums(source, work, columns, tall, L)
-        q = thread()
-        while q < channels and (first + q) * L < K:
-            c = first + q
-            chunk = (((c % C) * copies + c // C) * parts + part) * 4
-            store_float64(partials, chunk + SUM, get(work, q * L))
-            q = q + threads()
+            put_slot(firsts, thread(), load(source, i))
+            mean, m2, total = column_moments(source, i, step, mine, firsts)
+            again = doubtful(m2, decode(source, get_slot(firsts, opaque(thread()))))
+        more = down == 0 and base + column < left
+
+        # Three times over: sums relative to the first values; then, as these may be outliers, all
+        # relative to the means that follow, first the squares, then what rounding left of the mean.
+        turn = like(K, 0)
+        while turn < 3:
+            squared = turn == 1
+            at = down * columns + column
+            if column < columns:
+                put_sums(
+                    source, work, at, firsts, as_float64(mine), mean, m2, total, centers, column, L,
+                    squared,
+                )  # fmt: skip
+                j = like(K, 0)
+                while (again or more) and j < V:
+                    value, center = get(work, at + j), get(centers, (column + j) // L)
+                    if again:
+                        # Where they are is found anew: it is rare, and would take registers.
+                        i = element(source, opaque(begin) + down, K, base + column + j)
+                        step = element(source, tall, K, 0)
+                        value = column_again(source, i, step, mine, center, squared)
+                    if more and base + column + j < left:
+                        own = scalar(source, element(source, height, K, base + column + j))
+                        apart = widen(own) - center
+                        value = value + (apart * apart if squared else apart)
+                    put(work, at + j, value)
+                    j = opaque(j + 1)
+            tile_sums(source, work, columns, tall, L)
+            q = thread()
+            while q < channels:
+                c = first + q
+                count = as_float64((whole + 1 if c * L < left else whole) * L)
+                found = get(work, q * L)
+                copies = K // (C * L)
+                chunk = (((c % C) * copies + c // C) * parts + part) * 4
+                if turn == 0:
+                    moved = get(centers, q) + (found / count if count > 0.0 else 0.0)
+                    put(centers, q, moved if math.isfinite(moved) else get(centers, q))
+                elif squared:
+                    store_float64(partials, chunk + COUNT, count)
+                    store_float64(partials, chunk + CENTER, get(centers, q))
+                    store_float64(partials, chunk + M2, found)
+                else:
+                    store_float64(partials, chunk + SUM, found)
+                q = opaque(q + threads())
+            cuda.syncthreads()
+            turn = opaque(turn + 1)
 
     return stats_columns

@@ -1,4 +1,4 @@
-"""Arrays in shared memory, of the type that is computed with or of float64."""
+"""Arrays in shared memory: of the type that is computed with, of float64, or of slots."""
 
 from typing import Any
 
@@ -6,11 +6,12 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from numbabn.cuda.memory import read
+from numbabn.cuda.memory import read, write
 from numbabn.cuda.vector import (
     DOUBLE,
     FLOAT,
     I32,
+    RAW,
     SHARED,
     Shared,
     Vector,
@@ -19,6 +20,7 @@ from numbabn.cuda.vector import (
     pack,
     resize,
     scalar_of,
+    slot_type,
 )
 
 
@@ -56,6 +58,18 @@ def shared_float64(typingctx: Any, count: Any) -> Any:
         return _shared_array(builder, DOUBLE, count.literal_value)
 
     return result(count), codegen
+
+
+@intrinsic
+def shared_slots(typingctx: Any, count: Any) -> Any:
+    """`count` (a constant) slots."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _shared_array(builder, I32, 4 * count.literal_value)
+
+    return Shared(types.uint32)(count), codegen
 
 
 def _shared_at(builder: Any, array: Any, i: Any) -> Any:
@@ -135,3 +149,33 @@ def put_vector(typingctx: Any, shared: Any, i: Any, vector: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(shared, i, vector), codegen
+
+
+def _slot_at(builder: Any, array: Any, i: Any) -> Any:
+    first = _shared_at(builder, array, builder.mul(i, i.type(4)))
+    return builder.bitcast(first, ir.VectorType(I32, 4).as_pointer(SHARED))
+
+
+@intrinsic
+def get_slot(typingctx: Any, shared: Any, i: Any) -> Any:
+    """Slot `i` of an array of slots."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = read(builder, _slot_at(builder, *args), 16)
+        return pack(builder, RAW, [builder.extract_element(vector, I32(j)) for j in range(4)])
+
+    return slot_type(shared, i), codegen
+
+
+@intrinsic
+def put_slot(typingctx: Any, shared: Any, i: Any, slot: Any) -> Any:
+    """A slot to number `i` of an array of slots."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = ir.Constant(ir.VectorType(I32, 4), ir.Undefined)
+        for j, word in enumerate(lanes_of(builder, args[2])):
+            vector = builder.insert_element(vector, word, I32(j))
+        write(builder, vector, _slot_at(builder, args[0], args[1]), 16)
+        return context.get_dummy_value()
+
+    return types.void(shared, i, slot), codegen

@@ -78,7 +78,7 @@ class Shared(types.Type):
 
 
 def scalar_of(dtype: Any) -> Any:
-    return {types.float32: FLOAT, types.float64: DOUBLE}[dtype]
+    return {types.float32: FLOAT, types.float64: DOUBLE, types.uint32: I32}[dtype]
 
 
 def array_of(vector: Vector) -> Any:
