@@ -18,14 +18,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from numbabn import cuda, layout
-from numbabn.cuda import channels, fused, gradients, launch, normalization, reductions
-from numbabn.cuda.options import BACKWARD_SLOTS, FORWARD_SLOTS, FUSED_THREADS, THREADS
+from numbabn import layout
 
 ARCHITECTURES = ((7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0))
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -68,23 +67,30 @@ class Entry(NamedTuple):
     loads: int  # slots of 16 bytes that a thread asks for before it needs the first
 
 
-_STREAM = (THREADS, 4)
-KERNELS = (
-    Entry(normalization.normalize_planes, THREADS, _STREAM, 2),
-    Entry(normalization.normalize_columns, THREADS, _STREAM, 2),
-    Entry(reductions.stats_planes, THREADS, _STREAM, 4),
-    Entry(reductions.stats_columns, THREADS, _STREAM, 2),
-    Entry(gradients.backward_sums_planes, THREADS, _STREAM, 4),
-    Entry(gradients.backward_sums_columns, THREADS, _STREAM, 2),
-    Entry(gradients.backward_elements_planes, THREADS, _STREAM, 4),
-    Entry(gradients.backward_elements_columns, THREADS, _STREAM, 2),
-    Entry(fused.forward_planes, FUSED_THREADS, (FUSED_THREADS, 1), FORWARD_SLOTS),
-    Entry(fused.backward_planes, FUSED_THREADS, (FUSED_THREADS, 1), 2 * BACKWARD_SLOTS),
-    Entry(channels.finish_stats, 128, _STREAM, 0),
-    Entry(channels.finish_sums, 128, _STREAM, 0),
-    Entry(channels.finish_known, 128, _STREAM, 0),
-    Entry(channels.finish_slopes, 128, _STREAM, 0),
-)
+@cache
+def entries() -> tuple[Entry, ...]:
+    """The kernels. Imported here: asv imports this module, and its environments lack numba-cuda."""
+    from numbabn.cuda import channels, fused, gradients, normalization, reductions
+    from numbabn.cuda.options import BACKWARD_SLOTS, FORWARD_SLOTS, FUSED_THREADS, THREADS
+
+    bounds, fused_bounds = (THREADS, 4), (FUSED_THREADS, 1)
+    return (
+        Entry(normalization.normalize_planes, THREADS, bounds, 2),
+        Entry(normalization.normalize_columns, THREADS, bounds, 2),
+        Entry(reductions.stats_planes, THREADS, bounds, 4),
+        Entry(reductions.stats_columns, THREADS, bounds, 2),
+        Entry(gradients.backward_sums_planes, THREADS, bounds, 4),
+        Entry(gradients.backward_sums_columns, THREADS, bounds, 2),
+        Entry(gradients.backward_elements_planes, THREADS, bounds, 4),
+        Entry(gradients.backward_elements_columns, THREADS, bounds, 2),
+        Entry(fused.forward_planes, FUSED_THREADS, fused_bounds, FORWARD_SLOTS),
+        Entry(fused.backward_planes, FUSED_THREADS, fused_bounds, 2 * BACKWARD_SLOTS),
+        Entry(channels.finish_stats, 128, bounds, 0),
+        Entry(channels.finish_sums, 128, bounds, 0),
+        Entry(channels.finish_known, 128, bounds, 0),
+        Entry(channels.finish_slopes, 128, bounds, 0),
+        Entry(channels.finish_mean, 128, bounds, 0),
+    )
 
 
 def ptxas() -> str:
@@ -148,8 +154,10 @@ def rows(
     archs: Iterable[tuple[int, int]], dtypes: Iterable[str], wide: bool, named: str
 ) -> list[Row]:
     """The worst of the dtypes, for every kernel and architecture."""
+    from numbabn.cuda import launch
+
     table = []
-    for entry in (entry for entry in KERNELS if named in entry.make.__name__):
+    for entry in (entry for entry in entries() if named in entry.make.__name__):
         for cc in archs:
             used = []
             for dtype in dtypes:
@@ -193,6 +201,8 @@ class Traffic(NamedTuple):
 
 def _case(shape: tuple[int, ...], columns: bool, dtype: str, training: bool) -> list[Traffic]:
     from importlib import import_module
+
+    from numbabn import cuda
 
     Device = import_module("cuda_device").Device
 

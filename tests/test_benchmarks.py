@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -30,6 +32,18 @@ def test_shapes_are_named_once():
     assert len(SHAPE_BY_NAME) == len(SHAPES) == 26
     assert {shape.sizes[0] for shape in SHAPES if len(shape.sizes) == 4} == {1, 32}
     assert set(REPRESENTATIVE) < set(SHAPE_BY_NAME)
+
+
+def test_asv_can_import_what_lies_here_without_numba_cuda():
+    # asv imports every module of the folder, in environments with only what asv.conf.json pins.
+    script = """
+import importlib, pkgutil, sys
+sys.modules["numbabn.cuda"] = None
+import benchmarks
+for module in pkgutil.iter_modules(benchmarks.__path__):
+    importlib.import_module(f"benchmarks.{module.name}")
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
