@@ -21,8 +21,6 @@ Array = NDArray[Any]
 
 _FLOAT32: np.dtype[Any] = np.dtype(np.float32)
 _FLOAT64: np.dtype[Any] = np.dtype(np.float64)
-# Elements up to which `small_eval` is tried; the kernel has a limit of its own.
-SMALL = 1 << 17
 NOTHING: dict[np.dtype[Any], Array] = {t: np.empty(0, t) for t in (_FLOAT32, _FLOAT64)}
 
 
@@ -226,7 +224,7 @@ def small_eval(
         and type(eps) is float
         and type(channel_axis) is int
         and (out is None or (type(out) is array and out.dtype is dtype))
-        and x.size <= SMALL
+        and x.size <= layout.SMALL_EVAL
         and x.flags.carray  # for other types the kernel would be compiled, only to refuse
     ):
         return None

@@ -3,6 +3,9 @@
 They look at addresses themselves, before they write anything, and say whether they did the job; if
 not, the ordinary way finds what is wrong.
 
+The sizes come as a tuple, `*sizes`, to the kernels of `serial`. Otherwise a constant among the
+arguments would be a type of its own, and every kernel compiled once more for it.
+
 `eval_small` leaves even more to the kernel. Numba's dispatcher looks at the type of each argument
 anyway, so the checks that Python would make of dtypes, layouts and write flags are left to it: it
 compiles to nothing for types that do not fit, and otherwise looks at shapes as well.
@@ -18,11 +21,7 @@ from numbabn.cpu import schedule, serial
 from numbabn.cpu.channels import BACKWARD_FIELDS, SLOPE_ROWS, TABLE_ROWS
 from numbabn.cpu.memory import address
 from numbabn.cpu.options import inline, kernel
-from numbabn.layout import SHORT_PLANE, View
-
-# Elements up to which one thread, called like this, is done before several have been called the
-# ordinary way (measured: 13 us instead of 17 for 100,000 elements on two cores).
-SMALL = 1 << 17
+from numbabn.layout import SHORT_PLANE, SMALL_EVAL, View
 
 
 @inline
@@ -101,7 +100,7 @@ def _eval_small_overload(
 
     def do(x, out, weight, bias, running_mean, running_var, momentum, eps, floor, channel_axis):
         axis = channel_axis + x.ndim if channel_axis < 0 else channel_axis
-        if not (0 <= axis < x.ndim and 0 < x.size <= SMALL and x.shape == out.shape):
+        if not (0 <= axis < x.ndim and 0 < x.size <= SMALL_EVAL and x.shape == out.shape):
             return False
         if not (0.0 <= eps < np.inf and -np.inf < momentum < np.inf):
             return False
@@ -117,12 +116,12 @@ def _eval_small_overload(
         if L == 1 or (N > 1 and L < SHORT_PLANE):
             block = max(16, schedule.COLUMNS // L // 16 * 16)
             serial.normalize_columns(
-                x, None, None, out, N, C, L, N, block, weight, bias, running_mean, running_var,
+                x, None, None, out, *(N, C, L, N, block), weight, bias, running_mean, running_var,
                 eps, table, floor, False, 0, (C + block - 1) // block,
             )  # fmt: skip
         else:
             serial.normalize_planes(
-                x, None, None, out, C, L, L, weight, bias, running_mean, running_var, eps, table,
+                x, None, None, out, *(C, L, L), weight, bias, running_mean, running_var, eps, table,
                 floor, False, 0, N * C,
             )  # fmt: skip
         return True
@@ -184,8 +183,8 @@ def forward_planes(
         none = weight[:0]
         serial.finish_eval(x, weight, bias, running_mean, running_var, eps, table)
         serial.normalize_planes(
-            x, None, None, out, C, L, segment, none, none, none, none, eps, table, floor, False, 0,
-            N * C * ((L + segment - 1) // segment),
+            x, None, None, out, *(C, L, segment), none, none, none, none, eps, table, floor, False,
+            0, N * C * ((L + segment - 1) // segment),
         )  # fmt: skip
     return True
 
@@ -209,8 +208,8 @@ def forward_columns(
         none = weight[:0]
         serial.finish_eval(x, weight, bias, running_mean, running_var, eps, table)
         serial.normalize_columns(
-            x, None, None, out, M, C, L, M, block, none, none, none, none, eps, table, floor, False,
-            0, blocks,
+            x, None, None, out, *(M, C, L, M, block), none, none, none, none, eps, table, floor,
+            False, 0, blocks,
         )  # fmt: skip
     return True
 
@@ -229,8 +228,8 @@ def backward_planes(grad_output, x, out, same, training, table, sums, relu, size
     else:
         partials = np.empty((chunks, BACKWARD_FIELDS, C))
         serial.backward_sums_planes(
-            grad_output, x, None, out, None, N, C, L, rows, segment, table, partials, relu,
-            False, 0, C * chunks,
+            grad_output, x, None, out, None, *(N, C, L, rows, segment), table, partials,
+            relu, False, 0, C * chunks,
         )  # fmt: skip
         serial.finish_sums(x, partials, table, sums, slopes)
     return True
@@ -251,8 +250,8 @@ def backward_columns(grad_output, x, out, same, training, table, sums, relu, siz
     else:
         partials = np.empty((chunks, BACKWARD_FIELDS, C))
         serial.backward_sums_columns(
-            grad_output, x, None, out, None, M, C, L, rows, block, table, partials, relu, False, 0,
-            blocks * chunks,
+            grad_output, x, None, out, None, *(M, C, L, rows, block), table, partials, relu, False,
+            0, blocks * chunks,
         )  # fmt: skip
         serial.finish_sums(x, partials, table, sums, slopes)
     return True
