@@ -190,6 +190,7 @@ def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
     while chunks * -(-C // block) < short and block * L >= 128 and block >= 32:
         block = block // 32 * 16
     blocks = -(-C // block)
+    channel_sizes = (M, C, L, rows, block, chunks)
     # For a second look in cache, all rows of a block have to fit. Narrow blocks lie in memory in
     # pieces too short to be fetched ahead.
     fits = caches().l2 // 2 // (M * block * L * itemsize)
@@ -201,8 +202,8 @@ def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
         chunks,
         (M, C, L, rows, block),
         chunks * blocks,
-        (M, C, L, rows, block, chunks),
-        (M, C, L, rows, block, chunks),
+        channel_sizes,
+        channel_sizes,
         blocks,
         (M, C, L, tall, wide),
         -(-C // wide) * -(-M // tall),

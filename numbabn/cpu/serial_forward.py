@@ -1,0 +1,256 @@
+"""The kernels of `serial` for the statistics and the forward pass."""
+
+import numpy as np
+
+from numbabn.cpu.channels import (
+    FORWARD_FIELDS,
+    TABLE_ROWS,
+    Partials,
+    channels_of,
+    finish_given,
+    finish_running,
+    finish_training,
+    lanes_at,
+    merge_chunks,
+    read,
+    write,
+)
+from numbabn.cpu.chunks import chunk_at, keep_alive, next_chunk, partials_of, room
+from numbabn.cpu.memory import aligned, empty_like_computed, pointer, values_ahead
+from numbabn.cpu.normalization import (
+    COLUMN_ROWS,
+    Forward,
+    affine_of,
+    columns_of,
+    normalize_plane,
+    normalize_rows,
+    spread_affine,
+)
+from numbabn.cpu.options import inline, kernel
+from numbabn.cpu.reductions import column_chunk, first_value, plane_chunk, reach_of
+from numbabn.cpu.vector import LANES
+
+# fmt: off
+# The long lists of arguments below are easier to compare when they are set like text.
+
+
+@inline
+def forward_io(x, residual, bits, out, ahead):
+    return Forward(pointer(x), pointer(residual), pointer(bits), pointer(out), ahead)
+
+
+# --- statistics -------------------------------------------------------------------------------
+
+
+@kernel
+def stats_planes(x, N, C, L, rows, segment, numbers, start, stop):
+    """Chunks start:stop of all channels' chunks, counted channel by channel."""
+    to_x, partials = pointer(x), partials_of(numbers)
+    reach = reach_of(to_x, N, C, L)
+    c, k, n0, l0 = chunk_at(start, partials.chunks, rows, L, segment)
+    for _ in range(start, stop):
+        plane_chunk(
+            to_x, C, L, c, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment),
+            first_value(to_x, c * L), reach, partials, c,
+        )
+        c, k, n0, l0 = next_chunk(c, k, n0, l0, partials.chunks, rows, L, segment)
+
+
+@kernel
+def stats_columns(x, M, C, L, rows, block, numbers, start, stop):
+    """Items start:stop of the grid (block of channels) × (chunk of rows)."""
+    partials = partials_of(numbers)
+    space = room(block * L)
+    work = np.empty(4 * space + LANES)
+    for item in range(start, stop):
+        k = item % partials.chunks
+        c0 = (item // partials.chunks) * block
+        column_chunk(
+            pointer(x), C, L, k, k * rows, min(M, (k + 1) * rows), c0, min(C, c0 + block),
+            aligned(pointer(work)), space, partials, c0,
+        )
+    return keep_alive(work)
+
+
+@kernel
+def finish_stats(x, numbers, weight, bias, running_mean, running_var, momentum, eps, table):
+    """From all chunks of all channels to the table, once the statistics were taken."""
+    channels = channels_of(weight, bias, running_mean, running_var, momentum, eps, table)
+    partials = partials_of(numbers)
+    C = table.shape[1]
+    for c in range(0, C, LANES):
+        finish_training(pointer(x), partials, channels, c, c, lanes_at(c, C))
+
+
+@kernel
+def merge_stats(x, numbers, mean, m2):
+    """Mean and m2 of every channel from its chunks."""
+    partials = partials_of(numbers)
+    for c in range(0, mean.size, LANES):
+        lanes = lanes_at(c, mean.size)
+        count, center, total, squares = merge_chunks(pointer(x), partials, c, lanes)
+        write(pointer(mean), c, lanes, center + total / count)
+        write(pointer(m2), c, lanes, squares)
+
+
+# --- forward ----------------------------------------------------------------------------------
+
+
+@kernel
+def finish_known(x, mean, invstd, weight, bias, table):
+    """Fill the table from float64 mean and invstd."""
+    channels = channels_of(weight, bias, mean, invstd, 0.0, 0.0, table)
+    for c in range(0, mean.size, LANES):
+        lanes = lanes_at(c, mean.size)
+        finish_given(
+            pointer(x), read(pointer(mean), c, lanes), read(pointer(invstd), c, lanes), channels,
+            c, lanes, c,
+        )
+
+
+@kernel
+def finish_eval(x, weight, bias, running_mean, running_var, eps, table):
+    """Fill the table from the running statistics."""
+    channels = channels_of(weight, bias, running_mean, running_var, 0.0, eps, table)
+    for c in range(0, running_mean.size, LANES):
+        finish_running(pointer(x), channels, c, lanes_at(c, running_mean.size), c)
+
+
+@kernel
+def normalize_planes(
+    x, residual, bits, out, C, L, segment, weight, bias, running_mean, running_var, eps, table,
+    floor, streaming, start, stop,
+):
+    """Items start:stop of the segments of all planes, in the order of memory.
+
+    With running statistics, the table has room for 16 channels, which are worked out as they come:
+    that is cheaper than to have one thread do it for all.
+    """
+    known = running_mean.size == 0
+    io = forward_io(x, residual, bits, out, values_ahead(pointer(x)))
+    own_table = np.empty((TABLE_ROWS, LANES))
+    channels = channels_of(weight, bias, running_mean, running_var, 0.0, eps, own_table)
+    across = (L + segment - 1) // segment
+    row_bits = (L + LANES - 1) // LANES
+    row = start // across
+    l0 = (start % across) * segment
+    c = row % C
+    at = LANES
+    affine = affine_of(io.x, channels.table, LANES, 0)
+    ahead = True
+    for _ in range(start, stop):
+        if ahead:
+            if known:
+                affine = affine_of(io.x, pointer(table), C, c)
+            else:
+                if at == LANES or c == 0:
+                    finish_running(io.x, channels, c, lanes_at(c, C), 0)
+                    at = 0
+                affine = affine_of(io.x, channels.table, LANES, at)
+                at += 1
+        l1 = min(L, l0 + segment)
+        bit = row * row_bits + l0 // LANES
+        normalize_plane(io, row * L + l0, row * L + l1, bit, affine, floor, streaming)
+        l0 = l1
+        ahead = l0 == L
+        if ahead:
+            l0 = 0
+            row += 1
+            c = c + 1 if c + 1 < C else 0
+    return keep_alive(table) + keep_alive(own_table)
+
+
+@kernel
+def normalize_columns(
+    x, residual, bits, out, M, C, L, rows, block, weight, bias, running_mean, running_var, eps,
+    table, floor, streaming, start, stop,
+):
+    """Items start:stop of the grid (block of channels) × (rows), a block's rows in turn."""
+    known = running_mean.size == 0
+    io = forward_io(x, residual, bits, out, values_ahead(pointer(x)))
+    own_table = np.empty((TABLE_ROWS, LANES))
+    channels = channels_of(weight, bias, running_mean, running_var, 0.0, eps, own_table)
+    downs = (M + rows - 1) // rows
+    space = room(block * L)
+    buffer = empty_like_computed(io.x, COLUMN_ROWS * space + LANES)
+    columns = columns_of(pointer(buffer), space)
+    spread_block = -1
+    for item in range(start, stop):
+        c0 = (item // downs) * block
+        c1 = min(C, c0 + block)
+        m0 = (item % downs) * rows
+        if c0 != spread_block:
+            if known:
+                spread_affine(pointer(table), C, c0, c1 - c0, L, columns, 0)
+            else:
+                for c in range(c0, c1, LANES):
+                    lanes = lanes_at(c, c1)
+                    finish_running(io.x, channels, c, lanes, 0)
+                    spread_affine(channels.table, LANES, 0, lanes, L, columns, (c - c0) * L)
+            spread_block = c0
+        normalize_rows(
+            io, C * L, m0, min(M, m0 + rows), c0 * L, (c1 - c0) * L, columns, floor, streaming
+        )
+    return keep_alive(buffer) + keep_alive(table) + keep_alive(own_table)
+
+
+@kernel
+def forward_planes(
+    x, residual, bits, out, N, C, L, rows, segment, chunks, group, elements_ahead, weight, bias,
+    running_mean, running_var, momentum, eps, table, floor, streaming, start, stop,
+):
+    """Training, channels start:stop: a group is summed, then normalized while it is in cache."""
+    io = forward_io(x, residual, bits, out, elements_ahead)
+    reach = reach_of(io.x, N, C, L)
+    channels = channels_of(weight, bias, running_mean, running_var, momentum, eps, table)
+    numbers = np.empty(chunks * FORWARD_FIELDS * LANES)
+    partials = Partials(pointer(numbers), FORWARD_FIELDS, LANES, chunks)
+    row_bits = (L + LANES - 1) // LANES
+    for c0 in range(start, stop, group):
+        c1 = min(stop, c0 + group)
+        for c in range(c0, c1):
+            shift = first_value(io.x, c * L)
+            k, n0, l0 = 0, 0, 0
+            for _ in range(chunks):
+                plane_chunk(
+                    io.x, C, L, c, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment), shift,
+                    reach, partials, c - c0,
+                )
+                _, k, n0, l0 = next_chunk(c, k, n0, l0, chunks, rows, L, segment)
+        finish_training(io.x, partials, channels, 0, c0, c1 - c0)
+        for c in range(c0, c1):
+            affine = affine_of(io.x, channels.table, C, c)
+            for row in range((N - 1) * C + c, -1, -C):  # what was summed last is still in cache
+                normalize_plane(
+                    io, row * L, (row + 1) * L, row * row_bits, affine, floor, streaming
+                )
+    return keep_alive(numbers)
+
+
+@kernel
+def forward_columns(
+    x, residual, bits, out, M, C, L, rows, block, chunks, weight, bias, running_mean, running_var,
+    momentum, eps, table, floor, streaming, start, stop,
+):
+    """Training, blocks of channels start:stop, each summed, then normalized while in cache."""
+    io = forward_io(x, residual, bits, out, block * L)
+    channels = channels_of(weight, bias, running_mean, running_var, momentum, eps, table)
+    space = room(block * L)
+    work = np.empty(4 * space + LANES)
+    buffer = empty_like_computed(io.x, COLUMN_ROWS * space + LANES)
+    columns = columns_of(pointer(buffer), space)
+    numbers = np.empty(chunks * FORWARD_FIELDS * block)
+    partials = Partials(pointer(numbers), FORWARD_FIELDS, block, chunks)
+    for item in range(start, stop):
+        c0 = item * block
+        c1 = min(C, c0 + block)
+        for k in range(chunks):
+            column_chunk(
+                io.x, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, aligned(pointer(work)),
+                space, partials, 0,
+            )
+        for c in range(c0, c1, LANES):
+            finish_training(io.x, partials, channels, c - c0, c, lanes_at(c, c1))
+        spread_affine(channels.table, C, c0, c1 - c0, L, columns, 0)
+        normalize_rows(io, C * L, 0, M, c0 * L, (c1 - c0) * L, columns, floor, streaming)
+    return keep_alive(work) + keep_alive(buffer) + keep_alive(numbers)
