@@ -1,7 +1,7 @@
 """What happens once per channel: from sums to the few numbers that the big loops need.
 
 Sixteen channels at a time, in float64 lanes; `x` is a pointer, and only its type matters. `table`
-holds five numbers per channel, shape ``(5, C)``:
+holds six numbers per channel, shape ``(6, C)``:
 
 ========== ===========================================================================
 MEAN       the mean, rounded to the type that the kernels compute with
@@ -9,6 +9,7 @@ REST       what that rounding left out, in standard deviations: mean = MEAN + RE
 INVSTD     r = 1 / sqrt(var + eps)
 SCALE      a = weight * r
 SHIFT      b = bias - weight * REST, so that y = (x - MEAN) * a + b
+UNIT       r, rounded to that type and within its range: see `gradients`
 ========== ===========================================================================
 
 `slopes` holds three more for the training mode's input gradient, shape ``(3, C)``:
@@ -17,8 +18,8 @@ SHIFT      b = bias - weight * REST, so that y = (x - MEAN) * a + b
 `partials` holds what each chunk of each channel summed to, channels next to each other so that
 they load as vectors. In the forward pass its shape is ``(chunks, 4, channels)``: count, center,
 sum of ``x - center``, and squared deviations from the chunk's mean. In the backward pass it is
-``(chunks, 3, channels)``: count, ``sum(dy)`` and ``sum(dy * xhat)``, the latter not yet times
-INVSTD unless x is float64 (see `gradients`). `Partials` points at it, or at part of it.
+``(chunks, 3, channels)``: count, ``sum(dy)`` and ``sum(dy * (x - MEAN) * UNIT)``. `Partials`
+points at it, or at part of it.
 
 Functions take pointers, `memory.pointer`: arrays would cost atomic reference counting per channel.
 """
@@ -43,8 +44,8 @@ from numbabn.cpu.vector import (
     widen,
 )
 
-MEAN, REST, INVSTD, SCALE, SHIFT = range(5)
-TABLE_ROWS = 5
+MEAN, REST, INVSTD, SCALE, SHIFT, UNIT = range(6)
+TABLE_ROWS = 6
 GRAD_MEAN, SLOPE, OFFSET = range(3)
 SLOPE_ROWS = 3
 
@@ -190,7 +191,14 @@ def merge_chunks(x, partials, c, lanes):
 
 
 @inline
-def fill_columns(channels, c, lanes, at, mean, rest, invstd):
+def unit_of(x, invstd):
+    """`invstd` in the type that kernels compute with; its largest power of two stands for more."""
+    rounded = widen(narrow_like(x, invstd))
+    return where_infinite(rounded, where_infinite(invstd, invstd, splat64(2.0**127)), rounded)
+
+
+@inline
+def fill_columns(x, channels, c, lanes, at, mean, rest, invstd):
     """Write what is known of channels c:c+lanes into the table's columns from `at` on."""
     gamma = read(channels.weight, c, lanes) if channels.has_weight else splat64(1.0)
     beta = read(channels.bias, c, lanes) if channels.has_bias else splat64(0.0)
@@ -200,6 +208,7 @@ def fill_columns(channels, c, lanes, at, mean, rest, invstd):
     write(table, INVSTD * C + at, lanes, invstd)
     write(table, SCALE * C + at, lanes, gamma * invstd)
     write(table, SHIFT * C + at, lanes, beta - finite(gamma * rest))
+    write(table, UNIT * C + at, lanes, unit_of(x, invstd))
 
 
 @inline
@@ -213,7 +222,7 @@ def round_mean(x, mean):
 def finish_given(x, mean, invstd, channels, c, lanes, at):
     """Fill `lanes` columns of the table, from `at` on, for channels with known mean and invstd."""
     rounded, low = round_mean(x, mean)
-    fill_columns(channels, c, lanes, at, rounded, finite(low * invstd), invstd)
+    fill_columns(x, channels, c, lanes, at, rounded, finite(low * invstd), invstd)
 
 
 @function
@@ -253,7 +262,7 @@ def finish_training(x, partials, channels, first, c, lanes):
     rounded, _ = round_mean(x, mean)
     # sum(x - rounded), so that nothing underflows even if all of x is subnormal.
     left = total - (rounded - center) * count
-    fill_columns(channels, c, lanes, c, rounded, finite(left * invstd * per_value), invstd)
+    fill_columns(x, channels, c, lanes, c, rounded, finite(left * invstd * per_value), invstd)
 
 
 @function
@@ -278,11 +287,8 @@ def finish_backward(x, partials, C, first, c, lanes, table, sums, slopes):
             sum_dy_xhat = sum_dy_xhat + chunk_dy_xhat
     sum_dy, sum_dy_xhat = close_sum(sum_dy, lost_dy), close_sum(sum_dy_xhat, lost_dy_xhat)
     invstd, rest = read(table, INVSTD * C + c, lanes), read(table, REST * C + c, lanes)
-    if not is_double(x):
-        sum_dy_xhat = sum_dy_xhat * invstd
-        several = where_larger(count, splat64(2.0), splat64(np.nan), sum_dy_xhat)
-        # xhat is infinite, and of either sign
-        sum_dy_xhat = where_infinite(invstd, several, sum_dy_xhat)
+    rounding = invstd / read(table, UNIT * C + c, lanes)
+    sum_dy_xhat = sum_dy_xhat * where_finite(rounding, rounding, splat64(1.0))
     sum_dy_xhat = sum_dy_xhat - finite(rest * sum_dy)
     write(sums, c, lanes, sum_dy)
     write(sums, C + c, lanes, sum_dy_xhat)

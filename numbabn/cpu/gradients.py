@@ -2,8 +2,9 @@
 
 g is the gradient before the ReLU: `grad_output`, and zero where the forward pass cut off, which
 is read from `bits` where there was a residual and recomputed from x otherwise. The sums are
-``sum(g)``, which is dbias, and ``sum(g * (x - mean))``, from which dweight follows (of float64 x
-times INVSTD at once, since products of subnormal numbers would be lost). Then
+``sum(g)``, which is dbias, and ``sum(g * (x - mean) * unit)``, from which dweight follows: `unit` is
+the inverse standard deviation, rounded, and what rounding it did is made good at the end. A few
+vectors at a time are summed as they are, then in float64. Then
 
 * eval: mean and variance are constants, so ``dx = g * scale``, in the same pass as the sums;
 * training: they depend on x, so ``dx = scale * (g - mean(g) - xhat * mean(g * xhat))``, in a
@@ -31,7 +32,6 @@ from numbabn.cpu.reductions import fold_all, reach_from, rows_ahead, spread
 from numbabn.cpu.vector import (
     LANES,
     fma,
-    is_double,
     keep,
     positive_bits,
     splat64,
@@ -102,20 +102,20 @@ def put_eval(io, i, count, g, affine, streaming):
     put(io.grad_input, i, count, g * affine.scale, streaming)
 
 
-@inline
-def to_sum(io, g, xmu, affine):
-    """The two factors that are summed, in float64."""
-    if is_double(io.x):
-        return widen(g), widen(xmu) * affine.unit
-    return widen(g), widen(xmu)
-
-
 @function
 def sum_part(io, i, bit, count, affine, relu):
     """Fewer than 16 lanes, the end of a row: stored for eval mode, and the factors to sum."""
     g, xmu = read_part(io, i, bit, count, affine, relu)
     put_eval(io, i, count, g, affine, False)
-    return to_sum(io, g, xmu, affine)
+    return g, xmu * affine.unit
+
+
+@inline
+def add_four(g0, x0, g1, x1, g2, x2, g3, x3, unit):
+    """Four vectors' sums of g and of ``g * xmu * unit``."""
+    even = fma(g2, x2 * unit, g0 * (x0 * unit))
+    odd = fma(g3, x3 * unit, g1 * (x1 * unit))
+    return (g0 + g1) + (g2 + g3), even + odd
 
 
 @inline
@@ -142,7 +142,8 @@ def element_part(io, i, bit, count, affine, slopes, relu):
 
 @function
 def plane_grad_sums(io, reach, C, L, c, n0, n1, l0, l1, affine, relu, streaming):
-    """Sums of g and of g * (x - MEAN) over rows n0:n1, columns l0:l1 of a channel."""
+    """Sums of g and of ``g * (x - MEAN) * UNIT`` over rows n0:n1, columns l0:l1 of a channel."""
+    zero = splat_like(io.x, 0.0)
     total = splat64(0.0)
     products = splat64(0.0)
     row_bits = (L + LANES - 1) // LANES
@@ -152,18 +153,34 @@ def plane_grad_sums(io, reach, C, L, c, n0, n1, l0, l1, affine, relu, streaming)
         end = i + l1 - l0
         bit = row * row_bits + l0 // LANES
         reading = read_ahead(io, reach_from(reach, n))
+        while i + 4 * LANES <= end:
+            g0, x0 = read_pair(reading, i, bit, affine, relu)
+            g1, x1 = read_pair(reading, i + LANES, bit + 1, affine, relu)
+            g2, x2 = read_pair(reading, i + 2 * LANES, bit + 2, affine, relu)
+            g3, x3 = read_pair(reading, i + 3 * LANES, bit + 3, affine, relu)
+            put_eval(io, i, LANES, g0, affine, streaming)
+            put_eval(io, i + LANES, LANES, g1, affine, streaming)
+            put_eval(io, i + 2 * LANES, LANES, g2, affine, streaming)
+            put_eval(io, i + 3 * LANES, LANES, g3, affine, streaming)
+            few, few_products = add_four(g0, x0, g1, x1, g2, x2, g3, x3, affine.unit)
+            total = total + widen(few)
+            products = products + widen(few_products)
+            i += 4 * LANES
+            bit += 4
+        few, few_products = zero, zero
         while i + LANES <= end:
             g, xmu = read_pair(reading, i, bit, affine, relu)
             put_eval(io, i, LANES, g, affine, streaming)
-            left, right = to_sum(io, g, xmu, affine)
-            total = total + left
-            products = fma(left, right, products)
+            few = few + g
+            few_products = fma(g, xmu * affine.unit, few_products)
             i += LANES
             bit += 1
         if i < end:
-            left, right = sum_part(io, i, bit, end - i, affine, relu)
-            total = total + left
-            products = fma(left, right, products)
+            g, xhat = sum_part(io, i, bit, end - i, affine, relu)
+            few = few + g
+            few_products = fma(g, xhat, few_products)
+        total = total + widen(few)
+        products = products + widen(few_products)
     return sum_lanes(total), sum_lanes(products)
 
 
@@ -229,8 +246,8 @@ def slopes_at(columns, j):
 @inline
 def add_to(sums, products, j, total, product):
     """Add to the running sums of columns j:j+16."""
-    store(sums, j, load(sums, j) + total)
-    store(products, j, load(products, j) + product)
+    store(sums, j, load(sums, j) + widen(total))
+    store(products, j, load(products, j) + widen(product))
 
 
 @function
@@ -241,13 +258,12 @@ def add_row(io, i, bit, width, columns, relu, streaming, sums, products):
         affine = affine_at(columns, j)
         g, xmu = read_pair(io, i + j, bit, affine, relu)
         put_eval(io, i + j, LANES, g, affine, streaming)
-        g, xmu = to_sum(io, g, xmu, affine)
-        add_to(sums, products, j, g, g * xmu)
+        add_to(sums, products, j, g, g * (xmu * affine.unit))
         j += LANES
         bit += 1
     if j < width:
-        g, xmu = sum_part(io, i + j, bit, width - j, affine_at(columns, j), relu)
-        add_to(sums, products, j, g, g * xmu)
+        g, xhat = sum_part(io, i + j, bit, width - j, affine_at(columns, j), relu)
+        add_to(sums, products, j, g, g * xhat)
 
 
 @function
@@ -268,25 +284,21 @@ def add_four_rows(io, i, K, bit, row_bits, width, columns, relu, streaming, sums
         put_eval(io, i + j + K, LANES, g1, affine, streaming)
         put_eval(io, i + j + 2 * K, LANES, g2, affine, streaming)
         put_eval(io, i + j + 3 * K, LANES, g3, affine, streaming)
-        d0, e0 = to_sum(io, g0, x0, affine)
-        d1, e1 = to_sum(io, g1, x1, affine)
-        d2, e2 = to_sum(io, g2, x2, affine)
-        d3, e3 = to_sum(io, g3, x3, affine)
-        even, odd = fma(d2, e2, d0 * e0), fma(d3, e3, d1 * e1)
-        add_to(sums, products, j, (d0 + d1) + (d2 + d3), even + odd)
+        total, product = add_four(g0, x0, g1, x1, g2, x2, g3, x3, affine.unit)
+        add_to(sums, products, j, total, product)
         j += LANES
         bit += 1
     if j < width:
         affine = affine_at(columns, j)
         for row in range(4):
             at = bit + row * row_bits
-            g, xmu = sum_part(io, i + j + row * K, at, width - j, affine, relu)
-            add_to(sums, products, j, g, g * xmu)
+            g, xhat = sum_part(io, i + j + row * K, at, width - j, affine, relu)
+            add_to(sums, products, j, g, g * xhat)
 
 
 @function
 def column_grad_sums(io, K, m0, m1, k0, width, columns, relu, streaming, sums, products):
-    """Per column of k0:k0+width, sums of g and of g * (x - MEAN) over rows m0:m1."""
+    """Per column of k0:k0+width, sums of g and of ``g * (x - MEAN) * UNIT`` over rows m0:m1."""
     row_bits = (K + LANES - 1) // LANES
     io = read_ahead(io, rows_ahead(io.x, width, 4) * K)
     for j in range(0, width, LANES):

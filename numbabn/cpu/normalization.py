@@ -11,7 +11,7 @@ Streaming stores need 64-byte boundaries: a row then begins with a short piece u
 
 from typing import Any, NamedTuple
 
-from numbabn.cpu.channels import INVSTD, MEAN, SCALE, SHIFT
+from numbabn.cpu.channels import MEAN, SCALE, SHIFT, UNIT
 from numbabn.cpu.memory import (
     aligned,
     elements_to_boundary,
@@ -28,11 +28,8 @@ from numbabn.cpu.vector import (
     LANES,
     clip_below,
     fma,
-    is_double,
     positive_bits,
-    splat64,
     splat_like,
-    widen,
 )
 
 
@@ -53,8 +50,8 @@ class Forward(NamedTuple):
 class Affine(NamedTuple):
     """Vectors: ``(x - mean) * scale + shift``.
 
-    `unit` is 1, or for float64 x the inverse standard deviation: times that, ``x - mean`` can be
-    multiplied by a gradient even if both are subnormal.
+    `unit` is the inverse standard deviation: ``x - mean`` times that can be multiplied by a gradient
+    and summed without fear for the range of float32, or of subnormal numbers in float64.
     """
 
     mean: Any
@@ -141,7 +138,7 @@ def affine_of(x, table, C, c):
         splat_like(x, table[MEAN * C + c]),
         splat_like(x, table[SCALE * C + c]),
         splat_like(x, table[SHIFT * C + c]),
-        splat64(table[INVSTD * C + c] if is_double(x) else 1.0),
+        splat_like(x, table[UNIT * C + c]),
     )
 
 
@@ -207,15 +204,15 @@ def spread_affine(table, C, c, count, L, columns, j):
     spread(offset(table, MEAN * C + c), count, L, offset(columns.mean, j))
     spread(offset(table, SCALE * C + c), count, L, offset(columns.scale, j))
     spread(offset(table, SHIFT * C + c), count, L, offset(columns.shift, j))
-    if is_double(columns.unit):
-        spread(offset(table, INVSTD * C + c), count, L, offset(columns.unit, j))
+    spread(offset(table, UNIT * C + c), count, L, offset(columns.unit, j))
 
 
 @inline
 def affine_at(columns, j):
     """Columns j:j+16."""
-    unit = widen(load(columns.unit, j)) if is_double(columns.unit) else splat64(1.0)
-    return Affine(load(columns.mean, j), load(columns.scale, j), load(columns.shift, j), unit)
+    return Affine(
+        load(columns.mean, j), load(columns.scale, j), load(columns.shift, j), load(columns.unit, j)
+    )
 
 
 @function

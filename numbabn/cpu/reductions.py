@@ -76,39 +76,80 @@ def reach_from(reach, n):
     return reach.near if n < reach.turn else reach.far
 
 
+@inline
+def as_summed(wide, value):
+    """`value` as it is, or in float64 if `wide` is not None."""
+    if wide is None:
+        return value
+    return widen(value)
+
+
+@inline
+def add_eight(a, b, c, d, e, f, g, h):
+    """Eight vectors' sum and sum of squares: short trees, whose rounding errors do not pile up."""
+    even = fma(g, g, fma(e, e, fma(c, c, a * a)))
+    odd = fma(h, h, fma(f, f, fma(d, d, b * b)))
+    return ((a + b) + (c + d)) + ((e + f) + (g + h)), even + odd
+
+
 @function
-def plane_sums(x, C, L, c, n0, n1, l0, l1, shift, reach):
+def plane_sums(x, C, L, c, n0, n1, l0, l1, shift, reach, wide):
     """Sums of ``d = x - shift`` and of ``d * d`` over rows n0:n1, columns l0:l1 of a channel."""
-    center = splat64(shift)
     fill = splat_like(x, shift)
-    total_a = splat64(0.0)
-    total_b = splat64(0.0)
-    squares_a = splat64(0.0)
-    squares_b = splat64(0.0)
+    center = as_summed(wide, fill)
+    zero = as_summed(wide, splat_like(x, 0.0))
+    total = splat64(0.0)
+    squares = splat64(0.0)
     for n in range(n0, n1):
         i = (n * C + c) * L + l0
         end = i + l1 - l0
         ahead = reach_from(reach, n)
-        while i + 2 * LANES <= end:  # two chains of additions, to hide their latency
+        while i + 8 * LANES <= end:
+            for part in range(8):
+                prefetch(x, i + ahead + part * LANES)
+            few, few_squares = add_eight(
+                as_summed(wide, load(x, i)) - center,
+                as_summed(wide, load(x, i + LANES)) - center,
+                as_summed(wide, load(x, i + 2 * LANES)) - center,
+                as_summed(wide, load(x, i + 3 * LANES)) - center,
+                as_summed(wide, load(x, i + 4 * LANES)) - center,
+                as_summed(wide, load(x, i + 5 * LANES)) - center,
+                as_summed(wide, load(x, i + 6 * LANES)) - center,
+                as_summed(wide, load(x, i + 7 * LANES)) - center,
+            )
+            total = total + widen(few)
+            squares = squares + widen(few_squares)
+            i += 8 * LANES
+        few, few_squares = zero, zero
+        while i + LANES <= end:
             prefetch(x, i + ahead)
-            prefetch(x, i + ahead + LANES)
-            a = widen(load(x, i)) - center
-            b = widen(load(x, i + LANES)) - center
-            total_a = total_a + a
-            total_b = total_b + b
-            squares_a = fma(a, a, squares_a)
-            squares_b = fma(b, b, squares_b)
-            i += 2 * LANES
-        if i + LANES <= end:
-            a = widen(load(x, i)) - center
-            total_a = total_a + a
-            squares_a = fma(a, a, squares_a)
+            d = as_summed(wide, load(x, i)) - center
+            few = few + d
+            few_squares = fma(d, d, few_squares)
             i += LANES
         if i < end:
-            b = widen(load_first(x, i, end - i, fill)) - center
-            total_b = total_b + b
-            squares_b = fma(b, b, squares_b)
-    return sum_lanes(total_a + total_b), sum_lanes(squares_a + squares_b)
+            d = as_summed(wide, load_first(x, i, end - i, fill)) - center
+            few = few + d
+            few_squares = fma(d, d, few_squares)
+        total = total + widen(few)
+        squares = squares + widen(few_squares)
+    return sum_lanes(total), sum_lanes(squares)
+
+
+# Squares of float32 numbers lose digits below this, as their mean.
+SMALLEST_SQUARE = 1e-30
+# The most by which the mean of the squares may exceed the variance: it multiplies rounding errors.
+MOST_CANCELLED = 16.0
+
+
+@inline
+def is_exact(count, squares, m2):
+    """Whether the sum of squares was within float32's range, and m2 is what is left of it.
+
+    So also where one of them is NaN, for then it would be again.
+    """
+    lost = squares <= SMALLEST_SQUARE * count or squares == np.inf
+    return not (lost or MOST_CANCELLED * m2 < squares)
 
 
 @function
@@ -118,11 +159,17 @@ def plane_chunk(x, C, L, c, k, n0, n1, l0, l1, shift, reach, partials, at):
     The chunk is rows n0:n1, columns l0:l1; values are summed relative to `shift`.
     """
     count = np.float64((n1 - n0) * (l1 - l0))
-    total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift, reach)
-    if is_double(x) and np.isfinite(total):
-        shift += total / count
-        total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift, reach)
-    m2 = squares - total * total / count
+    total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift, reach, None)
+    if is_double(x):
+        if np.isfinite(total):
+            shift += total / count
+            total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift, reach, None)
+        m2 = squares - total * total / count
+    else:
+        m2 = squares - total * total / count
+        if not is_exact(count, squares, m2):
+            total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift, reach, True)
+            m2 = squares - total * total / count
     partial_of(partials, k, COUNT)[at] = count
     partial_of(partials, k, CENTER)[at] = shift
     partial_of(partials, k, SUM)[at] = total
@@ -179,29 +226,28 @@ def add_row(x, i, j, count, shifts, sums, squares):
 
 
 @inline
-def add_eight_rows(x, i, K, ahead, j, count, shifts, sums, squares):
+def add_eight_rows(x, i, K, ahead, j, count, shifts, sums, squares, wide):
     """Add eight rows, the first at x[i], to the running sums of columns j:j+16."""
     for row in range(8):
         prefetch(x, i + ahead + row * K)
     zero = splat_like(x, 0.0)
-    center = load(shifts, j)
-    d0 = widen(load_upto(x, i, count, zero)) - center
-    d1 = widen(load_upto(x, i + K, count, zero)) - center
-    d2 = widen(load_upto(x, i + 2 * K, count, zero)) - center
-    d3 = widen(load_upto(x, i + 3 * K, count, zero)) - center
-    d4 = widen(load_upto(x, i + 4 * K, count, zero)) - center
-    d5 = widen(load_upto(x, i + 5 * K, count, zero)) - center
-    d6 = widen(load_upto(x, i + 6 * K, count, zero)) - center
-    d7 = widen(load_upto(x, i + 7 * K, count, zero)) - center
-    total = ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))
-    even = fma(d6, d6, fma(d4, d4, fma(d2, d2, d0 * d0)))
-    odd = fma(d7, d7, fma(d5, d5, fma(d3, d3, d1 * d1)))
-    store(sums, j, load(sums, j) + total)
-    store(squares, j, load(squares, j) + (even + odd))
+    center = as_summed(wide, narrow_like(x, load(shifts, j)))
+    total, total_squares = add_eight(
+        as_summed(wide, load_upto(x, i, count, zero)) - center,
+        as_summed(wide, load_upto(x, i + K, count, zero)) - center,
+        as_summed(wide, load_upto(x, i + 2 * K, count, zero)) - center,
+        as_summed(wide, load_upto(x, i + 3 * K, count, zero)) - center,
+        as_summed(wide, load_upto(x, i + 4 * K, count, zero)) - center,
+        as_summed(wide, load_upto(x, i + 5 * K, count, zero)) - center,
+        as_summed(wide, load_upto(x, i + 6 * K, count, zero)) - center,
+        as_summed(wide, load_upto(x, i + 7 * K, count, zero)) - center,
+    )
+    store(sums, j, load(sums, j) + widen(total))
+    store(squares, j, load(squares, j) + widen(total_squares))
 
 
 @function
-def column_sums(x, K, m0, m1, k0, width, shifts, sums, squares):
+def column_sums(x, K, m0, m1, k0, width, shifts, sums, squares, wide):
     """Per column of k0:k0+width, sums over rows m0:m1 of ``d = x - shift`` and of ``d * d``.
 
     Eight rows at a time, so that the running sums, which are in L1, are touched seldom. Lanes
@@ -216,9 +262,10 @@ def column_sums(x, K, m0, m1, k0, width, shifts, sums, squares):
     while m + 8 <= m1:
         i = m * K + k0
         for j in range(0, whole, LANES):
-            add_eight_rows(x, i + j, K, ahead, j, LANES, shifts, sums, squares)
+            add_eight_rows(x, i + j, K, ahead, j, LANES, shifts, sums, squares, wide)
         if whole < width:
-            add_eight_rows(x, i + whole, K, ahead, whole, width - whole, shifts, sums, squares)
+            count = width - whole
+            add_eight_rows(x, i + whole, K, ahead, whole, count, shifts, sums, squares, wide)
         m += 8
     while m < m1:
         i = m * K + k0
@@ -237,6 +284,17 @@ def fold_all(sums, channels, L):
             sums[c] = fold(sums, c, L)
 
 
+@inline
+def all_exact(count, sums, squares, channels):
+    """Whether no channel's sums, which are folded, have lost digits; see `plane_chunk`."""
+    exact = True
+    per_value = 1.0 / count
+    for c in range(channels):
+        m2 = squares[c] - sums[c] * sums[c] * per_value
+        exact &= is_exact(count, squares[c], m2)
+    return exact
+
+
 @function
 def column_chunk(x, C, L, k, m0, m1, c0, c1, work, space, partials, at):
     """Statistics of rows m0:m1 of channels c0:c1, into chunk k of `partials`, from place `at` on.
@@ -251,15 +309,19 @@ def column_chunk(x, C, L, k, m0, m1, c0, c1, work, space, partials, at):
     for c in range(c1 - c0):
         centers[c] = first_value(x, (c0 + c) * L)
     spread(centers, c1 - c0, L, shifts)
-    column_sums(x, K, m0, m1, c0 * L, width, shifts, sums, squares)
+    column_sums(x, K, m0, m1, c0 * L, width, shifts, sums, squares, None)
     if is_double(x):
         for c in range(c1 - c0):
             middle = centers[c] + fold(sums, c, L) / count
             centers[c] = middle if np.isfinite(middle) else centers[c]
         spread(centers, c1 - c0, L, shifts)
-        column_sums(x, K, m0, m1, c0 * L, width, shifts, sums, squares)
+        column_sums(x, K, m0, m1, c0 * L, width, shifts, sums, squares, None)
     fold_all(sums, c1 - c0, L)
     fold_all(squares, c1 - c0, L)
+    if not (is_double(x) or all_exact(count, sums, squares, c1 - c0)):
+        column_sums(x, K, m0, m1, c0 * L, width, shifts, sums, squares, True)
+        fold_all(sums, c1 - c0, L)
+        fold_all(squares, c1 - c0, L)
     for c in range(0, c1 - c0, LANES):
         lanes = lanes_at(c, c1 - c0)
         total = load(sums, c)
