@@ -26,8 +26,6 @@ Functions take pointers, `memory.pointer`: arrays would cost atomic reference co
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from numbabn.cpu.memory import load_upto, offset, pointer, put
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.vector import (

@@ -2,8 +2,8 @@
 
 g is the gradient before the ReLU: `grad_output`, and zero where the forward pass cut off, which
 is read from `bits` where there was a residual and recomputed from x otherwise. The sums are
-``sum(g)``, which is dbias, and ``sum(g * (x - mean) * unit)``, from which dweight follows: `unit` is
-the inverse standard deviation, rounded, and what rounding it did is made good at the end. A few
+``sum(g)``, which is dbias, and ``sum(g * (x - mean) * unit)``, from which dweight follows: `unit`
+is the inverse standard deviation, rounded, and what rounding did is made good at the end. A few
 vectors at a time are summed as they are, then in float64. Then
 
 * eval: mean and variance are constants, so ``dx = g * scale``, in the same pass as the sums;
@@ -26,11 +26,19 @@ from numbabn.cpu.channels import (
     partial_of,
 )
 from numbabn.cpu.memory import load, load_first, offset, put, store
-from numbabn.cpu.normalization import affine_at, ask_ahead, end_with_whole, head_of
+from numbabn.cpu.normalization import (
+    affine_at,
+    affine_of,
+    ask_ahead,
+    blend_affine,
+    head_of,
+    runs_on,
+)
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reductions import fold_all, reach_from, rows_ahead, spread
 from numbabn.cpu.vector import (
     LANES,
+    blend,
     fma,
     keep,
     positive_bits,
@@ -96,17 +104,38 @@ def cut_off(bits, g, bit, xmu, affine, relu):
 
 
 @inline
-def put_eval(io, i, count, g, affine, streaming):
-    """Store `count` lanes of what eval mode knows already."""
+def gradient(g, xmu, affine, slopes):
+    """16 lanes of the input gradient: eval mode's if `slopes` is None, else training's."""
+    if slopes is None:
+        return g * affine.scale
+    return ((g - slopes.grad_mean) + fma(xmu, slopes.slope, slopes.offset)) * affine.scale
+
+
+@inline
+def put_pair(io, i, count, g, xmu, affine, slopes, streaming):
+    """Store `count` lanes of the gradients."""
     put(io.grad_residual, i, count, g, streaming)
-    put(io.grad_input, i, count, g * affine.scale, streaming)
+    put(io.grad_input, i, count, gradient(g, xmu, affine, slopes), streaming)
+
+
+@inline
+def put_gradient(io, i, bit, affine, slopes, relu, streaming):
+    g, xmu = read_pair(io, i, bit, affine, relu)
+    put_pair(io, i, LANES, g, xmu, affine, slopes, streaming)
+
+
+@function
+def gradient_part(io, i, bit, count, affine, slopes, relu):
+    """The same for fewer than 16 lanes: the ends of rows."""
+    g, xmu = read_part(io, i, bit, count, affine, relu)
+    put_pair(io, i, count, g, xmu, affine, slopes, False)
 
 
 @function
 def sum_part(io, i, bit, count, affine, relu):
     """Fewer than 16 lanes, the end of a row: stored for eval mode, and the factors to sum."""
     g, xmu = read_part(io, i, bit, count, affine, relu)
-    put_eval(io, i, count, g, affine, False)
+    put_pair(io, i, count, g, xmu, affine, None, False)
     return g, xmu * affine.unit
 
 
@@ -118,50 +147,30 @@ def add_four(g0, x0, g1, x1, g2, x2, g3, x3, unit):
     return (g0 + g1) + (g2 + g3), even + odd
 
 
-@inline
-def train_gradient(g, xmu, affine, slopes):
-    """16 lanes of training's input gradient."""
-    return ((g - slopes.grad_mean) + fma(xmu, slopes.slope, slopes.offset)) * affine.scale
-
-
-@inline
-def put_train(io, i, count, g, xmu, affine, slopes, streaming):
-    put(io.grad_residual, i, count, g, streaming)
-    put(io.grad_input, i, count, train_gradient(g, xmu, affine, slopes), streaming)
-
-
-@function
-def element_part(io, i, bit, count, affine, slopes, relu):
-    """Fewer than 16 lanes of training's gradients."""
-    g, xmu = read_part(io, i, bit, count, affine, relu)
-    put_train(io, i, count, g, xmu, affine, slopes, False)
-
-
 # --- planes ---------------------------------------------------------------------------------
 
 
 @function
-def plane_grad_sums(io, reach, C, L, c, n0, n1, l0, l1, affine, relu, streaming):
-    """Sums of g and of ``g * (x - MEAN) * UNIT`` over rows n0:n1, columns l0:l1 of a channel."""
+def add_plane_grads(io, C, L, c0, c1, n, l0, l1, table, relu, work):
+    """Add columns l0:l1 of row n of channels c0:c1 to the 16 lanes of their two sums in `work`.
+
+    These are the sums of g and of ``g * (x - MEAN) * UNIT``.
+    """
     zero = splat_like(io.x, 0.0)
-    total = splat64(0.0)
-    products = splat64(0.0)
     row_bits = (L + LANES - 1) // LANES
-    for n in range(n0, n1):
+    for c in range(c0, c1):
+        affine = affine_of(io.x, table, C, c)
+        at = (c - c0) * 2 * LANES
+        total, products = load(work, at), load(work, at + LANES)
         row = n * C + c
         i = row * L + l0
         end = i + l1 - l0
         bit = row * row_bits + l0 // LANES
-        reading = read_ahead(io, reach_from(reach, n))
         while i + 4 * LANES <= end:
-            g0, x0 = read_pair(reading, i, bit, affine, relu)
-            g1, x1 = read_pair(reading, i + LANES, bit + 1, affine, relu)
-            g2, x2 = read_pair(reading, i + 2 * LANES, bit + 2, affine, relu)
-            g3, x3 = read_pair(reading, i + 3 * LANES, bit + 3, affine, relu)
-            put_eval(io, i, LANES, g0, affine, streaming)
-            put_eval(io, i + LANES, LANES, g1, affine, streaming)
-            put_eval(io, i + 2 * LANES, LANES, g2, affine, streaming)
-            put_eval(io, i + 3 * LANES, LANES, g3, affine, streaming)
+            g0, x0 = read_pair(io, i, bit, affine, relu)
+            g1, x1 = read_pair(io, i + LANES, bit + 1, affine, relu)
+            g2, x2 = read_pair(io, i + 2 * LANES, bit + 2, affine, relu)
+            g3, x3 = read_pair(io, i + 3 * LANES, bit + 3, affine, relu)
             few, few_products = add_four(g0, x0, g1, x1, g2, x2, g3, x3, affine.unit)
             total = total + widen(few)
             products = products + widen(few_products)
@@ -169,33 +178,49 @@ def plane_grad_sums(io, reach, C, L, c, n0, n1, l0, l1, affine, relu, streaming)
             bit += 4
         few, few_products = zero, zero
         while i + LANES <= end:
-            g, xmu = read_pair(reading, i, bit, affine, relu)
-            put_eval(io, i, LANES, g, affine, streaming)
+            g, xmu = read_pair(io, i, bit, affine, relu)
             few = few + g
             few_products = fma(g, xmu * affine.unit, few_products)
             i += LANES
             bit += 1
         if i < end:
-            g, xhat = sum_part(io, i, bit, end - i, affine, relu)
+            g, xmu = read_part(io, i, bit, end - i, affine, relu)
             few = few + g
-            few_products = fma(g, xhat, few_products)
-        total = total + widen(few)
-        products = products + widen(few_products)
-    return sum_lanes(total), sum_lanes(products)
+            few_products = fma(g, xmu * affine.unit, few_products)
+        store(work, at, total + widen(few))
+        store(work, at + LANES, products + widen(few_products))
 
 
-@inline
-def plane_grad_chunk(io, reach, C, L, c, k, n0, n1, l0, l1, affine, relu, streaming, partials, at):
-    """Sums of a chunk of channel c, its k-th, into place `at` of `partials`."""
-    total, products = plane_grad_sums(io, reach, C, L, c, n0, n1, l0, l1, affine, relu, streaming)
-    partial_of(partials, k, COUNT)[at] = np.float64((n1 - n0) * (l1 - l0))
-    partial_of(partials, k, SUM_DY)[at] = total
-    partial_of(partials, k, SUM_DY_XHAT)[at] = products
+@function
+def plane_grad_chunk(
+    io, reach, C, L, c0, c1, k, n0, n1, l0, l1, table, relu, streaming, work, partials, at
+):
+    """Sums of the k-th chunk of channels c0:c1, into `partials` from place `at` on.
+
+    The chunk is rows n0:n1, columns l0:l1. Stores what eval mode knows, a row after its sums.
+    """
+    for j in range(2 * (c1 - c0)):
+        store(work, j * LANES, splat64(0.0))
+    row_bits = (L + LANES - 1) // LANES
+    for n in range(n0, n1):
+        reading = read_ahead(io, reach_from(reach, n))
+        add_plane_grads(reading, C, L, c0, c1, n, l0, l1, table, relu, work)
+        if io.grad_input is not None or io.grad_residual is not None:
+            row = n * C + c0
+            i, end = row * L + l0, (row + c1 - c0 - 1) * L + l1
+            bit = row * row_bits + l0 // LANES
+            gradient_run(io, i, end, (row + 1) * L, L, bit, table, None, C, c0, relu, streaming)
+    for j in range(c1 - c0):
+        partial_of(partials, k, COUNT)[at + j] = np.float64((n1 - n0) * (l1 - l0))
+        partial_of(partials, k, SUM_DY)[at + j] = sum_lanes(load(work, j * 2 * LANES))
+        partial_of(partials, k, SUM_DY_XHAT)[at + j] = sum_lanes(load(work, (2 * j + 1) * LANES))
 
 
 @inline
 def slopes_of(x, slopes, C, c):
-    """Channel c's numbers, in all lanes."""
+    """Channel c's numbers, in all lanes; None of None."""
+    if slopes is None:
+        return None
     return Slopes(
         splat_like(x, slopes[GRAD_MEAN * C + c]),
         splat_like(x, slopes[SLOPE * C + c]),
@@ -203,27 +228,57 @@ def slopes_of(x, slopes, C, c):
     )
 
 
+@inline
+def blend_slopes(count, a, b):
+    """`a` in the first `count` lanes, `b` in the others."""
+    if a is None:
+        return None
+    return Slopes(
+        blend(count, a.grad_mean, b.grad_mean),
+        blend(count, a.slope, b.slope),
+        blend(count, a.offset, b.offset),
+    )
+
+
 @function
-def plane_elements(io, i, end, bit, affine, slopes, relu, streaming):
-    """Training's input gradient of elements i:end, all of one channel."""
-    overlap = end_with_whole(io.bits, end - i, streaming)
-    g_last, xmu_last = affine.mean, affine.mean
-    if overlap:
-        g_last, xmu_last = read_pair(io, end - LANES, bit, affine, relu)
-    head = head_of(io.grad_input, io.bits, i, end, streaming)
+def gradient_run(io, i, end, turn, L, bit, table, slopes, C, c, relu, streaming):
+    """The gradients of elements i:end; eval mode's if `slopes` is None, else training's.
+
+    Vectors go on from one plane into the next as in `normalization.normalize_run`.
+    """
+    affine, own = affine_of(io.x, table, C, c), slopes_of(io.x, slopes, C, c)
+    head = max(
+        head_of(io.grad_input, io.bits, i, min(end, turn), streaming),
+        head_of(io.grad_residual, io.bits, i, min(end, turn), streaming),
+    )
     if head > 0:
-        element_part(io, i, bit, head, affine, slopes, relu)
+        gradient_part(io, i, bit, head, affine, own, relu)
         i += head
+    while turn < end:
+        while i + LANES <= turn:
+            put_gradient(io, i, bit, affine, own, relu, streaming)
+            i += LANES
+            bit += 1
+        c = c + 1 if c + 1 < C else 0
+        next_affine, next_own = affine_of(io.x, table, C, c), slopes_of(io.x, slopes, C, c)
+        if i < turn:
+            if io.bits is None and i + LANES <= end:
+                mixed = blend_affine(turn - i, affine, next_affine)
+                mixed_own = blend_slopes(turn - i, own, next_own)
+                put_gradient(io, i, bit, mixed, mixed_own, relu, streaming)
+                i += LANES
+            else:
+                gradient_part(io, i, bit, turn - i, affine, own, relu)
+                i = turn
+            bit += 1
+        affine, own = next_affine, next_own
+        turn += L
     while i + LANES <= end:
-        g, xmu = read_pair(io, i, bit, affine, relu)
-        put_train(io, i, LANES, g, xmu, affine, slopes, streaming)
+        put_gradient(io, i, bit, affine, own, relu, streaming)
         i += LANES
         bit += 1
     if i < end:
-        if overlap:
-            put_train(io, end - LANES, LANES, g_last, xmu_last, affine, slopes, False)
-        else:
-            element_part(io, i, bit, end - i, affine, slopes, relu)
+        gradient_part(io, i, bit, end - i, affine, own, relu)
 
 
 # --- columns --------------------------------------------------------------------------------
@@ -257,7 +312,7 @@ def add_row(io, i, bit, width, columns, relu, streaming, sums, products):
     while j + LANES <= width:
         affine = affine_at(columns, j)
         g, xmu = read_pair(io, i + j, bit, affine, relu)
-        put_eval(io, i + j, LANES, g, affine, streaming)
+        put_pair(io, i + j, LANES, g, xmu, affine, None, streaming)
         add_to(sums, products, j, g, g * (xmu * affine.unit))
         j += LANES
         bit += 1
@@ -280,10 +335,10 @@ def add_four_rows(io, i, K, bit, row_bits, width, columns, relu, streaming, sums
         g1, x1 = read_pair(io, i + j + K, bit + row_bits, affine, relu)
         g2, x2 = read_pair(io, i + j + 2 * K, bit + 2 * row_bits, affine, relu)
         g3, x3 = read_pair(io, i + j + 3 * K, bit + 3 * row_bits, affine, relu)
-        put_eval(io, i + j, LANES, g0, affine, streaming)
-        put_eval(io, i + j + K, LANES, g1, affine, streaming)
-        put_eval(io, i + j + 2 * K, LANES, g2, affine, streaming)
-        put_eval(io, i + j + 3 * K, LANES, g3, affine, streaming)
+        put_pair(io, i + j, LANES, g0, x0, affine, None, streaming)
+        put_pair(io, i + j + K, LANES, g1, x1, affine, None, streaming)
+        put_pair(io, i + j + 2 * K, LANES, g2, x2, affine, None, streaming)
+        put_pair(io, i + j + 3 * K, LANES, g3, x3, affine, None, streaming)
         total, product = add_four(g0, x0, g1, x1, g2, x2, g3, x3, affine.unit)
         add_to(sums, products, j, total, product)
         j += LANES
@@ -298,12 +353,9 @@ def add_four_rows(io, i, K, bit, row_bits, width, columns, relu, streaming, sums
 
 @function
 def column_grad_sums(io, K, m0, m1, k0, width, columns, relu, streaming, sums, products):
-    """Per column of k0:k0+width, sums of g and of ``g * (x - MEAN) * UNIT`` over rows m0:m1."""
+    """Per column of k0:k0+width, add g and ``g * (x - MEAN) * UNIT`` of rows m0:m1."""
     row_bits = (K + LANES - 1) // LANES
     io = read_ahead(io, rows_ahead(io.x, width, 4) * K)
-    for j in range(0, width, LANES):
-        store(sums, j, splat64(0.0))
-        store(products, j, splat64(0.0))
     m = m0
     while m < m1:
         i = m * K + k0
@@ -317,14 +369,35 @@ def column_grad_sums(io, K, m0, m1, k0, width, columns, relu, streaming, sums, p
 
 
 @function
+def gradient_runs(io, K, m0, m1, k0, width, L, table, slopes, C, c, relu, streaming):
+    """Rows m0:m1 of columns k0:k0+width, which are planes of L, the first being channel c's."""
+    for m in range(m0, m1):
+        i = m * K + k0
+        gradient_run(io, i, i + width, i + L, L, 0, table, slopes, C, c, relu, streaming)
+
+
+@function
 def column_grad_chunk(
-    io, C, L, k, m0, m1, c0, c1, columns, relu, streaming, work, space, partials, at
+    io, C, L, k, m0, m1, c0, c1, table, columns, relu, streaming, work, space, partials, at
 ):
-    """Sums of rows m0:m1 of channels c0:c1, into chunk k of `partials`, from place `at` on."""
+    """Sums of rows m0:m1 of channels c0:c1, into chunk k of `partials`, from place `at` on.
+
+    Stores what eval mode knows: of planes, a few rows after their sums.
+    """
     sums, products = work, offset(work, space)
-    column_grad_sums(
-        io, C * L, m0, m1, c0 * L, (c1 - c0) * L, columns, relu, streaming, sums, products
-    )
+    K, k0, width = C * L, c0 * L, (c1 - c0) * L
+    for j in range(0, width, LANES):
+        store(sums, j, splat64(0.0))
+        store(products, j, splat64(0.0))
+    if runs_on(io.bits, L):
+        reading = Backward(io.grad_output, io.x, io.bits, None, None, None)
+        for m in range(m0, m1, 4):
+            last = min(m1, m + 4)
+            column_grad_sums(reading, K, m, last, k0, width, columns, relu, False, sums, products)
+            if io.grad_input is not None or io.grad_residual is not None:
+                gradient_runs(io, K, m, last, k0, width, L, table, None, C, c0, relu, streaming)
+    else:
+        column_grad_sums(io, K, m0, m1, k0, width, columns, relu, streaming, sums, products)
     fold_all(sums, c1 - c0, L)
     fold_all(products, c1 - c0, L)
     count = splat64(np.float64((m1 - m0) * L))
@@ -344,13 +417,12 @@ def column_elements(io, K, m0, m1, k0, width, columns, relu, streaming):
         bit = m * row_bits + k0 // LANES
         j = head_of(io.grad_input, io.bits, i, i + width, streaming)
         if j > 0:
-            element_part(io, i, bit, j, affine_at(columns, 0), slopes_at(columns, 0), relu)
+            gradient_part(io, i, bit, j, affine_at(columns, 0), slopes_at(columns, 0), relu)
         while j + LANES <= width:
             affine, slopes = affine_at(columns, j), slopes_at(columns, j)
-            g, xmu = read_pair(io, i + j, bit, affine, relu)
-            put_train(io, i + j, LANES, g, xmu, affine, slopes, streaming)
+            put_gradient(io, i + j, bit, affine, slopes, relu, streaming)
             j += LANES
             bit += 1
         if j < width:
             affine, slopes = affine_at(columns, j), slopes_at(columns, j)
-            element_part(io, i + j, bit, width - j, affine, slopes, relu)
+            gradient_part(io, i + j, bit, width - j, affine, slopes, relu)

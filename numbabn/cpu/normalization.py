@@ -5,8 +5,8 @@ second version of a kernel. Where the backward pass will need to know what the R
 cannot recompute it (there was a residual), `bits` takes one bit per element: rows of
 ``ceil(row / 16)`` uint16 numbers, a row being one plane, or one row of columns.
 
-Streaming stores need 64-byte boundaries: a row then begins with a short piece up to the first
-(with `bits`, which fix where vectors begin, rows must be on such boundaries already).
+Streaming stores need 64-byte boundaries: what is stored in sequence then begins with a short piece
+up to the first (with `bits`, which fix where vectors begin, rows must begin on one already).
 """
 
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from numbabn.cpu.options import function, inline
 from numbabn.cpu.reductions import spread
 from numbabn.cpu.vector import (
     LANES,
+    blend,
     clip_below,
     fma,
     positive_bits,
@@ -50,8 +51,8 @@ class Forward(NamedTuple):
 class Affine(NamedTuple):
     """Vectors: ``(x - mean) * scale + shift``.
 
-    `unit` is the inverse standard deviation: ``x - mean`` times that can be multiplied by a gradient
-    and summed without fear for the range of float32, or of subnormal numbers in float64.
+    `unit` is the inverse standard deviation: ``x - mean`` times that can be multiplied by a
+    gradient and summed without fear for the range of float32, or of subnormal numbers.
     """
 
     mean: Any
@@ -108,23 +109,13 @@ def note_bits(bits, bit, value):
 
 
 @inline
-def end_with_whole(bits, size, streaming):
-    """Whether a row that is no multiple of 16 may end with a whole vector that overlaps the last.
-
-    It is worked out before anything is stored, since the result may replace the input. Bits are
-    not stored twice, and a line that bypassed the caches is not fetched back to be stored again.
-    """
-    if bits is None:
-        return size > LANES and size % LANES != 0 and not streaming
-    return False
-
-
-@inline
 def head_of(target, bits, i, end, streaming):
     """How many elements of ``target[i:end]`` lie before the boundary that streaming needs."""
-    if bits is None:  # noqa: SIM102 - two ifs: Numba drops the branch of the one that is decided by a type
-        if streaming:
-            return min(end - i, elements_to_boundary(target, i))
+    # Three ifs, as Numba drops the branches that a type decides of those of one condition only.
+    if bits is None:  # noqa: SIM102
+        if target is not None:  # noqa: SIM102
+            if streaming:
+                return min(end - i, elements_to_boundary(target, i))
     return 0
 
 
@@ -142,27 +133,55 @@ def affine_of(x, table, C, c):
     )
 
 
+@inline
+def blend_affine(count, a, b):
+    """`a` in the first `count` lanes, `b` in the others."""
+    return Affine(
+        blend(count, a.mean, b.mean),
+        blend(count, a.scale, b.scale),
+        blend(count, a.shift, b.shift),
+        blend(count, a.unit, b.unit),
+    )
+
+
 @function
-def normalize_plane(io, i, end, bit, affine, floor, streaming):
-    """Elements i:end, all of the channel of `affine`."""
+def normalize_run(io, i, end, turn, L, bit, table, C, c, floor, streaming):
+    """Elements i:end of planes that follow each other, the first being channel c's up to `turn`.
+
+    A vector goes on from one plane into the next, so that all are whole and on boundaries of 64
+    bytes but for those at the ends. With bits, which begin anew with each plane, so do vectors.
+    `table` has C columns; after the last comes the first. Planes are of 16 elements or more.
+    """
     lowest = splat_like(io.x, floor)
-    overlap = end_with_whole(io.bits, end - i, streaming)
-    last = lowest
-    if overlap:
-        last = normalized(io, end - LANES, affine)
-    head = head_of(io.out, io.bits, i, end, streaming)
+    affine = affine_of(io.x, table, C, c)
+    head = head_of(io.out, io.bits, i, min(end, turn), streaming)
     if head > 0:
         normalize_part(io, i, bit, head, affine, floor)
         i += head
+    while turn < end:
+        while i + LANES <= turn:
+            put_normalized(io, i, bit, normalized(io, i, affine), lowest, streaming)
+            i += LANES
+            bit += 1
+        c = c + 1 if c + 1 < C else 0
+        following = affine_of(io.x, table, C, c)
+        if i < turn:
+            if io.bits is None and i + LANES <= end:
+                value = normalized(io, i, blend_affine(turn - i, affine, following))
+                put_normalized(io, i, bit, value, lowest, streaming)
+                i += LANES
+            else:
+                normalize_part(io, i, bit, turn - i, affine, floor)
+                i = turn
+            bit += 1
+        affine = following
+        turn += L
     while i + LANES <= end:
         put_normalized(io, i, bit, normalized(io, i, affine), lowest, streaming)
         i += LANES
         bit += 1
     if i < end:
-        if overlap:
-            put_normalized(io, end - LANES, bit, last, lowest, False)
-        else:
-            normalize_part(io, i, bit, end - i, affine, floor)
+        normalize_part(io, i, bit, end - i, affine, floor)
 
 
 # --- columns --------------------------------------------------------------------------------
@@ -199,12 +218,12 @@ def columns_of(buffer, space):
 
 
 @function
-def spread_affine(table, C, c, count, L, columns, j):
-    """Fill in, from column j on, what a table of C channels says of channels c:c+count."""
-    spread(offset(table, MEAN * C + c), count, L, offset(columns.mean, j))
-    spread(offset(table, SCALE * C + c), count, L, offset(columns.scale, j))
-    spread(offset(table, SHIFT * C + c), count, L, offset(columns.shift, j))
-    spread(offset(table, UNIT * C + c), count, L, offset(columns.unit, j))
+def spread_affine(table, C, c, count, L, columns):
+    """Fill in what a table of C channels says of channels c:c+count."""
+    spread(offset(table, MEAN * C + c), count, L, columns.mean)
+    spread(offset(table, SCALE * C + c), count, L, columns.scale)
+    spread(offset(table, SHIFT * C + c), count, L, columns.shift)
+    spread(offset(table, UNIT * C + c), count, L, columns.unit)
 
 
 @inline
@@ -213,6 +232,22 @@ def affine_at(columns, j):
     return Affine(
         load(columns.mean, j), load(columns.scale, j), load(columns.shift, j), load(columns.unit, j)
     )
+
+
+@inline
+def runs_on(bits, L):
+    """Whether columns are long enough planes to be gone through as such; bits follow columns."""
+    if bits is None:
+        return L >= LANES
+    return False
+
+
+@function
+def normalize_runs(io, K, m0, m1, k0, width, L, table, C, c, floor, streaming):
+    """Rows m0:m1 of columns k0:k0+width, which are planes of L, the first being channel c's."""
+    for m in range(m0, m1):
+        i = m * K + k0
+        normalize_run(io, i, i + width, i + L, L, 0, table, C, c, floor, streaming)
 
 
 @function

@@ -51,7 +51,7 @@ def first_value(x, index):
 
 
 class Reach(NamedTuple):
-    """How far ahead of row n of a channel to fetch: `near` if n < `turn`, else `far`."""
+    """How far ahead of row n to fetch: `near` elements if n < `turn`, else `far`."""
 
     turn: int
     near: int
@@ -59,16 +59,19 @@ class Reach(NamedTuple):
 
 
 @function
-def reach_of(x, N, C, L):
-    """Elements from where one reads to what is read next, channel after channel, row after row."""
+def reach_of(x, N, K, piece):
+    """Elements from where one reads to what is read next.
+
+    That is `piece` elements of each of N rows of K, one row after the other, then the next piece.
+    """
     ahead = values_ahead(x)
-    if 4 * ahead <= L:
+    if 4 * ahead <= piece:
         return Reach(N, ahead, ahead)
-    rows = max(2, (ahead + L - 1) // L)
-    channels = rows // N
-    rows -= channels * N
-    near = rows * C * L + channels * L
-    return Reach(N - rows, near, near + L - N * C * L)
+    rows = max(2, (ahead + piece - 1) // piece)
+    pieces = rows // N
+    rows -= pieces * N
+    near = rows * K + pieces * piece
+    return Reach(N - rows, near, near + piece - N * K)
 
 
 @inline
@@ -93,17 +96,19 @@ def add_eight(a, b, c, d, e, f, g, h):
 
 
 @function
-def plane_sums(x, C, L, c, n0, n1, l0, l1, shift, reach, wide):
-    """Sums of ``d = x - shift`` and of ``d * d`` over rows n0:n1, columns l0:l1 of a channel."""
-    fill = splat_like(x, shift)
-    center = as_summed(wide, fill)
+def add_planes(x, C, L, c0, c1, n, l0, l1, centers, ahead, work, wide):
+    """Add columns l0:l1 of row n of channels c0:c1 to the 16 lanes of their two sums in `work`.
+
+    These are the sums of ``d = x - center`` and of ``d * d``.
+    """
     zero = as_summed(wide, splat_like(x, 0.0))
-    total = splat64(0.0)
-    squares = splat64(0.0)
-    for n in range(n0, n1):
+    for c in range(c0, c1):
+        fill = splat_like(x, centers[c - c0])
+        center = as_summed(wide, fill)
+        at = (c - c0) * 2 * LANES
+        total, squares = load(work, at), load(work, at + LANES)
         i = (n * C + c) * L + l0
         end = i + l1 - l0
-        ahead = reach_from(reach, n)
         while i + 8 * LANES <= end:
             for part in range(8):
                 prefetch(x, i + ahead + part * LANES)
@@ -131,13 +136,23 @@ def plane_sums(x, C, L, c, n0, n1, l0, l1, shift, reach, wide):
             d = as_summed(wide, load_first(x, i, end - i, fill)) - center
             few = few + d
             few_squares = fma(d, d, few_squares)
-        total = total + widen(few)
-        squares = squares + widen(few_squares)
-    return sum_lanes(total), sum_lanes(squares)
+        store(work, at, total + widen(few))
+        store(work, at + LANES, squares + widen(few_squares))
+
+
+@function
+def plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work, wide):
+    """The two sums over rows n0:n1, columns l0:l1 of each of channels c0:c1: lanes in `work`."""
+    for j in range(2 * (c1 - c0)):
+        store(work, j * LANES, splat64(0.0))
+    for n in range(n0, n1):
+        add_planes(x, C, L, c0, c1, n, l0, l1, centers, reach_from(reach, n), work, wide)
 
 
 # Squares of float32 numbers lose digits below this, as their mean.
 SMALLEST_SQUARE = 1e-30
+# Scratch for 16 channels: lanes of two sums each, and their centers.
+PLANE_WORK = 2 * LANES * LANES + 2 * LANES
 # The most by which the mean of the squares may exceed the variance: it multiplies rounding errors.
 MOST_CANCELLED = 16.0
 
@@ -153,27 +168,36 @@ def is_exact(count, squares, m2):
 
 
 @function
-def plane_chunk(x, C, L, c, k, n0, n1, l0, l1, shift, reach, partials, at):
-    """Statistics of a chunk of channel c, its k-th, into place `at` of `partials`.
+def plane_chunk(x, C, L, c0, c1, k, n0, n1, l0, l1, reach, work, partials, at):
+    """Statistics of the k-th chunk of channels c0:c1, into `partials` from place `at` on.
 
-    The chunk is rows n0:n1, columns l0:l1; values are summed relative to `shift`.
+    The chunk is rows n0:n1, columns l0:l1. `work` is scratch: `PLANE_WORK` numbers.
     """
+    centers = offset(work, 2 * LANES * LANES)
     count = np.float64((n1 - n0) * (l1 - l0))
-    total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift, reach, None)
+    for c in range(c0, c1):
+        centers[c - c0] = first_value(x, c * L)
+    plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work, None)
     if is_double(x):
-        if np.isfinite(total):
-            shift += total / count
-            total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift, reach, None)
-        m2 = squares - total * total / count
-    else:
-        m2 = squares - total * total / count
-        if not is_exact(count, squares, m2):
-            total, squares = plane_sums(x, C, L, c, n0, n1, l0, l1, shift, reach, True)
-            m2 = squares - total * total / count
-    partial_of(partials, k, COUNT)[at] = count
-    partial_of(partials, k, CENTER)[at] = shift
-    partial_of(partials, k, SUM)[at] = total
-    partial_of(partials, k, M2)[at] = 0.0 if m2 < 0.0 else m2
+        for j in range(c1 - c0):
+            total = sum_lanes(load(work, j * 2 * LANES))
+            if np.isfinite(total):
+                centers[j] += total / count
+        plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work, None)
+    per_value = 1.0 / count
+    for j in range(c1 - c0):
+        total = sum_lanes(load(work, j * 2 * LANES))
+        squares = sum_lanes(load(work, (2 * j + 1) * LANES))
+        m2 = squares - total * total * per_value
+        if not (is_double(x) or is_exact(count, squares, m2)):
+            c, lanes, own = c0 + j, offset(work, j * 2 * LANES), offset(centers, j)
+            plane_sums(x, C, L, c, c + 1, n0, n1, l0, l1, own, reach, lanes, True)
+            total, squares = sum_lanes(load(lanes, 0)), sum_lanes(load(lanes, LANES))
+            m2 = squares - total * total * per_value
+        partial_of(partials, k, COUNT)[at + j] = count
+        partial_of(partials, k, CENTER)[at + j] = centers[j]
+        partial_of(partials, k, SUM)[at + j] = total
+        partial_of(partials, k, M2)[at + j] = 0.0 if m2 < 0.0 else m2
 
 
 # --- columns --------------------------------------------------------------------------------

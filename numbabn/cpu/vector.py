@@ -259,6 +259,18 @@ def keep(typingctx: Any, value: Any, bits: Any) -> Any:
 
 
 @intrinsic
+def blend(typingctx: Any, count: Any, first: Any, rest: Any) -> Any:
+    """The first `count` lanes of `first`, and the other lanes of `rest`; 0 <= count <= 16."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = builder.sub(builder.shl(I64(1), args[0]), I64(1))
+        mask = builder.bitcast(builder.trunc(bits, I16), ir.VectorType(I1, LANES))
+        return builder.select(mask, args[1], args[2])
+
+    return first(types.int64, first, first), codegen
+
+
+@intrinsic
 def sum_lanes(typingctx: Any, value: Any) -> Any:
     """Sum of the 16 lanes, by halving: ``(0+8, 1+9, …)``, then 4, 2, 1. A fixed order."""
 
