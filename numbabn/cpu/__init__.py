@@ -20,7 +20,6 @@ from numbabn.cpu.channels import TABLE_ROWS as TABLE_ROWS
 from numbabn.cpu.small import eval_small as eval_small
 from numbabn.cpu.small import lies_apart as lies_apart
 from numbabn.cpu.small import passes as passes
-from numbabn.cpu.vector import LANES
 from numbabn.layout import View
 
 Array = NDArray[Any]
@@ -128,7 +127,7 @@ def _backward_partials(
     plan = schedule.plan_for(x, view)
     partials = np.empty((plan.chunks, BACKWARD_FIELDS, view.C))
     written = [array for array in (grad_input, grad_residual) if array is not None]
-    whole_rows = bits is not None or (view.columns and view.L < LANES)
+    whole_rows = view.columns or bits is not None
     streaming = bool(written) and schedule.streams(view, x.nbytes, whole_rows, *written)
     schedule.run(
         "backward_sums_", plan, plan.chunk_items, grad_output, x, bits, grad_input,

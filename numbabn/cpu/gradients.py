@@ -25,14 +25,13 @@ from numbabn.cpu.channels import (
     lanes_at,
     partial_of,
 )
-from numbabn.cpu.memory import load, load_first, offset, put, store
+from numbabn.cpu.memory import elements_past_boundary, load, load_first, offset, put, store
 from numbabn.cpu.normalization import (
     affine_at,
     affine_of,
     ask_ahead,
     blend_affine,
     head_of,
-    runs_on,
 )
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reductions import fold_all, reach_from, rows_ahead, spread
@@ -151,44 +150,100 @@ def add_four(g0, x0, g1, x1, g2, x2, g3, x3, unit):
 
 
 @function
-def add_plane_grads(io, C, L, c0, c1, n, l0, l1, table, relu, work):
-    """Add columns l0:l1 of row n of channels c0:c1 to the 16 lanes of their two sums in `work`.
+def add_plane_grads(io, C, L, c, n, l0, l1, table, relu, streaming, work):
+    """Add columns l0:l1 of row n of channel c to the 16 lanes of its two sums in `work`.
 
-    These are the sums of g and of ``g * (x - MEAN) * UNIT``.
+    These are the sums of g and of ``g * (x - MEAN) * UNIT``. Stores what eval mode knows.
     """
-    zero = splat_like(io.x, 0.0)
+    affine = affine_of(io.x, table, C, c)
+    total, products = load(work, 0), load(work, LANES)
+    row = n * C + c
+    i = row * L + l0
+    end = i + l1 - l0
+    bit = row * ((L + LANES - 1) // LANES) + l0 // LANES
+    while i + 4 * LANES <= end:
+        g0, x0 = read_pair(io, i, bit, affine, relu)
+        g1, x1 = read_pair(io, i + LANES, bit + 1, affine, relu)
+        g2, x2 = read_pair(io, i + 2 * LANES, bit + 2, affine, relu)
+        g3, x3 = read_pair(io, i + 3 * LANES, bit + 3, affine, relu)
+        put_pair(io, i, LANES, g0, x0, affine, None, streaming)
+        put_pair(io, i + LANES, LANES, g1, x1, affine, None, streaming)
+        put_pair(io, i + 2 * LANES, LANES, g2, x2, affine, None, streaming)
+        put_pair(io, i + 3 * LANES, LANES, g3, x3, affine, None, streaming)
+        few, few_products = add_four(g0, x0, g1, x1, g2, x2, g3, x3, affine.unit)
+        total = total + widen(few)
+        products = products + widen(few_products)
+        i += 4 * LANES
+        bit += 4
+    few = splat_like(io.x, 0.0)
+    few_products = few
+    while i + LANES <= end:
+        g, xmu = read_pair(io, i, bit, affine, relu)
+        put_pair(io, i, LANES, g, xmu, affine, None, streaming)
+        few = few + g
+        few_products = fma(g, xmu * affine.unit, few_products)
+        i += LANES
+        bit += 1
+    if i < end:
+        g, xhat = sum_part(io, i, bit, end - i, affine, relu)
+        few = few + g
+        few_products = fma(g, xhat, few_products)
+    store(work, 0, total + widen(few))
+    store(work, LANES, products + widen(few_products))
+
+
+# Elements of planes that are summed before what eval mode knows of them is stored: two arrays of
+# them stay in L1. A multiple of 64, so that it changes no sum.
+PIECE = 1024
+
+
+@inline
+def boundary_before(target, bits, i):
+    """The last boundary of 64 bytes up to ``target[i]``; i itself with bits."""
+    if bits is None:  # noqa: SIM102 - see `head_of`
+        if target is not None:
+            return i - elements_past_boundary(target, i)
+    return i
+
+
+@inline
+def rows_aligned(io, L):
+    """Whether planes begin on boundaries of 64 bytes where the gradients are stored."""
+    return (
+        boundary_before(io.grad_input, None, 0) == 0
+        and boundary_before(io.grad_input, None, L) == L
+        and boundary_before(io.grad_residual, None, 0) == 0
+        and boundary_before(io.grad_residual, None, L) == L
+    )
+
+
+@function
+def store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, work):
+    """Add columns l0:l1 of row n of channels c0:c1 to the sums, and store past the caches.
+
+    A few vectors are summed from where the row begins, then stored from boundary to boundary.
+    """
     row_bits = (L + LANES - 1) // LANES
+    first, i = c0, (n * C + c0) * L + l0  # what is to be stored next, and its channel
     for c in range(c0, c1):
-        affine = affine_of(io.x, table, C, c)
-        at = (c - c0) * 2 * LANES
-        total, products = load(work, at), load(work, at + LANES)
-        row = n * C + c
-        i = row * L + l0
-        end = i + l1 - l0
-        bit = row * row_bits + l0 // LANES
-        while i + 4 * LANES <= end:
-            g0, x0 = read_pair(io, i, bit, affine, relu)
-            g1, x1 = read_pair(io, i + LANES, bit + 1, affine, relu)
-            g2, x2 = read_pair(io, i + 2 * LANES, bit + 2, affine, relu)
-            g3, x3 = read_pair(io, i + 3 * LANES, bit + 3, affine, relu)
-            few, few_products = add_four(g0, x0, g1, x1, g2, x2, g3, x3, affine.unit)
-            total = total + widen(few)
-            products = products + widen(few_products)
-            i += 4 * LANES
-            bit += 4
-        few, few_products = zero, zero
-        while i + LANES <= end:
-            g, xmu = read_pair(io, i, bit, affine, relu)
-            few = few + g
-            few_products = fma(g, xmu * affine.unit, few_products)
-            i += LANES
-            bit += 1
-        if i < end:
-            g, xmu = read_part(io, i, bit, end - i, affine, relu)
-            few = few + g
-            few_products = fma(g, xmu * affine.unit, few_products)
-        store(work, at, total + widen(few))
-        store(work, at + LANES, products + widen(few_products))
+        row = (n * C + c) * L
+        for left in range(l0, l1, PIECE):
+            right = min(l1, left + PIECE)
+            lanes = offset(work, (c - c0) * 2 * LANES)
+            add_plane_grads(reading, C, L, c, n, left, right, table, relu, False, lanes)
+            end = row + right
+            at_end = c + 1 == c1 and right == l1
+            if at_end or end - i >= PIECE // 2:
+                if not at_end:
+                    end = min(
+                        boundary_before(io.grad_input, io.bits, end),
+                        boundary_before(io.grad_residual, io.bits, end),
+                    )
+                place = n * C + first
+                bit = place * row_bits + (i - place * L) // LANES
+                turn = (place + 1) * L
+                gradient_run(io, i, end, turn, L, bit, table, None, C, first, relu, True)
+                first, i = c, end
 
 
 @function
@@ -197,19 +252,21 @@ def plane_grad_chunk(
 ):
     """Sums of the k-th chunk of channels c0:c1, into `partials` from place `at` on.
 
-    The chunk is rows n0:n1, columns l0:l1. Stores what eval mode knows, a row after its sums.
+    The chunk is rows n0:n1, columns l0:l1. Stores what eval mode knows.
     """
     for j in range(2 * (c1 - c0)):
         store(work, j * LANES, splat64(0.0))
-    row_bits = (L + LANES - 1) // LANES
+    apart = streaming and not rows_aligned(io, L)
     for n in range(n0, n1):
-        reading = read_ahead(io, reach_from(reach, n))
-        add_plane_grads(reading, C, L, c0, c1, n, l0, l1, table, relu, work)
-        if io.grad_input is not None or io.grad_residual is not None:
-            row = n * C + c0
-            i, end = row * L + l0, (row + c1 - c0 - 1) * L + l1
-            bit = row * row_bits + l0 // LANES
-            gradient_run(io, i, end, (row + 1) * L, L, bit, table, None, C, c0, relu, streaming)
+        ahead = reach_from(reach, n)
+        if apart:
+            reading = Backward(io.grad_output, io.x, io.bits, None, None, ahead)
+            store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, work)
+        else:
+            own = read_ahead(io, ahead)
+            for c in range(c0, c1):
+                lanes = offset(work, (c - c0) * 2 * LANES)
+                add_plane_grads(own, C, L, c, n, l0, l1, table, relu, streaming, lanes)
     for j in range(c1 - c0):
         partial_of(partials, k, COUNT)[at + j] = np.float64((n1 - n0) * (l1 - l0))
         partial_of(partials, k, SUM_DY)[at + j] = sum_lanes(load(work, j * 2 * LANES))
@@ -378,26 +435,15 @@ def gradient_runs(io, K, m0, m1, k0, width, L, table, slopes, C, c, relu, stream
 
 @function
 def column_grad_chunk(
-    io, C, L, k, m0, m1, c0, c1, table, columns, relu, streaming, work, space, partials, at
+    io, C, L, k, m0, m1, c0, c1, columns, relu, streaming, work, space, partials, at
 ):
-    """Sums of rows m0:m1 of channels c0:c1, into chunk k of `partials`, from place `at` on.
-
-    Stores what eval mode knows: of planes, a few rows after their sums.
-    """
+    """Sums of rows m0:m1 of channels c0:c1, into chunk k of `partials`, from place `at` on."""
     sums, products = work, offset(work, space)
     K, k0, width = C * L, c0 * L, (c1 - c0) * L
     for j in range(0, width, LANES):
         store(sums, j, splat64(0.0))
         store(products, j, splat64(0.0))
-    if runs_on(io.bits, L):
-        reading = Backward(io.grad_output, io.x, io.bits, None, None, None)
-        for m in range(m0, m1, 4):
-            last = min(m1, m + 4)
-            column_grad_sums(reading, K, m, last, k0, width, columns, relu, False, sums, products)
-            if io.grad_input is not None or io.grad_residual is not None:
-                gradient_runs(io, K, m, last, k0, width, L, table, None, C, c0, relu, streaming)
-    else:
-        column_grad_sums(io, K, m0, m1, k0, width, columns, relu, streaming, sums, products)
+    column_grad_sums(io, K, m0, m1, k0, width, columns, relu, streaming, sums, products)
     fold_all(sums, c1 - c0, L)
     fold_all(products, c1 - c0, L)
     count = splat64(np.float64((m1 - m0) * L))

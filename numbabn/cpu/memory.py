@@ -283,6 +283,18 @@ def elements_to_boundary(typingctx: Any, source: Any, index: Any) -> Any:
 
 
 @intrinsic
+def elements_past_boundary(typingctx: Any, source: Any, index: Any) -> Any:
+    """Elements from the last multiple of 64 bytes in memory up to ``source[index]``."""
+    size = source.dtype.bitwidth // 8
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = builder.ptrtoint(builder.gep(args[0], [args[1]]), I64)
+        return builder.lshr(builder.and_(address, I64(63)), I64(size.bit_length() - 1))
+
+    return types.int64(source, types.int64), codegen
+
+
+@intrinsic
 def scalar(typingctx: Any, source: Any, index: Any) -> Any:
     """``float64(source[index])``, whatever `source` holds."""
     vector = vector_of(source)

@@ -44,8 +44,6 @@ SMALL_CHANNEL = 1 << 17
 FAST_LAST = 128 << 20
 # Bytes of a row of a block that are worth taking out of the row.
 SHORTEST_PIECE = 3 << 10
-# Bytes of an array that stay in any L1 beside those of another.
-IN_L1 = 12 << 10
 # Columns summed at a time: their running sums and parameters fit L1.
 COLUMNS = 1024
 
@@ -137,8 +135,7 @@ def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
     # A few channels at a time are summed, then normalized, as long as they fit L2 together: what is
     # done once per channel is then done for up to 16 at once, and their rows lie in sequence.
     group = min(16, max(1, caches().l2 // 4 // (N * L * itemsize)))
-    # Eval mode's backward pass looks at a row of them twice, from L1; every thread needs items.
-    few = min(16, max(1, IN_L1 // (L * itemsize)), max(1, C * chunks // (4 * threads)))
+    few = min(16, max(1, C * chunks // (4 * threads)))  # but every thread should have items
     # A channel's second look finds it in cache; but every thread should have channels to do.
     by_channel = threads == 1 or 4 * threads <= C or C % threads == 0
     channel_sizes = (N, C, L, rows, segment, chunks, group)

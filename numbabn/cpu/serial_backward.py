@@ -82,8 +82,8 @@ def backward_sums_columns(
             spread_affine(pointer(table), C, c0, c1 - c0, L, columns)
             spread_block = c0
         column_grad_chunk(
-            io, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, pointer(table), columns, relu,
-            streaming, aligned(pointer(work)), space, partials, c0,
+            io, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, columns, relu, streaming,
+            aligned(pointer(work)), space, partials, c0,
         )
     return keep_alive(work) + keep_alive(buffer)
 
@@ -217,8 +217,8 @@ def backward_columns(
         spread_affine(pointer(table), C, c0, c1 - c0, L, columns)
         for k in range(chunks):
             column_grad_chunk(
-                reading, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, pointer(table),
-                columns, relu, False, aligned(pointer(work)), space, partials, 0,
+                reading, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, columns, relu, False,
+                aligned(pointer(work)), space, partials, 0,
             )
         for c in range(c0, c1, LANES):
             finish_backward(
