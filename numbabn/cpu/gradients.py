@@ -150,13 +150,16 @@ def add_four(g0, x0, g1, x1, g2, x2, g3, x3, unit):
 
 
 @function
-def add_plane_grads(io, C, L, c, n, l0, l1, table, relu, streaming, work):
+def add_plane_grads(io, C, L, c, n, l0, l1, table, relu, streaming, fresh, work):
     """Add columns l0:l1 of row n of channel c to the 16 lanes of its two sums in `work`.
 
-    These are the sums of g and of ``g * (x - MEAN) * UNIT``. Stores what eval mode knows.
+    Begins with nothing if `fresh`. These are the sums of g and of ``g * (x - MEAN) * UNIT``.
+    Stores what eval mode knows.
     """
     affine = affine_of(io.x, table, C, c)
-    total, products = load(work, 0), load(work, LANES)
+    total, products = splat64(0.0), splat64(0.0)
+    if not fresh:
+        total, products = load(work, 0), load(work, LANES)
     row = n * C + c
     i = row * L + l0
     end = i + l1 - l0
@@ -218,7 +221,7 @@ def rows_aligned(io, L):
 
 
 @function
-def store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, work):
+def store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, fresh, work):
     """Add columns l0:l1 of row n of channels c0:c1 to the sums, and store past the caches.
 
     A few vectors are summed from where the row begins, then stored from boundary to boundary.
@@ -230,7 +233,8 @@ def store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, work):
         for left in range(l0, l1, PIECE):
             right = min(l1, left + PIECE)
             lanes = offset(work, (c - c0) * 2 * LANES)
-            add_plane_grads(reading, C, L, c, n, left, right, table, relu, False, lanes)
+            new = fresh and left == l0
+            add_plane_grads(reading, C, L, c, n, left, right, table, relu, False, new, lanes)
             end = row + right
             at_end = c + 1 == c1 and right == l1
             if at_end or end - i >= PIECE // 2:
@@ -254,19 +258,17 @@ def plane_grad_chunk(
 
     The chunk is rows n0:n1, columns l0:l1. Stores what eval mode knows.
     """
-    for j in range(2 * (c1 - c0)):
-        store(work, j * LANES, splat64(0.0))
     apart = streaming and not rows_aligned(io, L)
     for n in range(n0, n1):
         ahead = reach_from(reach, n)
         if apart:
             reading = Backward(io.grad_output, io.x, io.bits, None, None, ahead)
-            store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, work)
+            store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, n == n0, work)
         else:
             own = read_ahead(io, ahead)
             for c in range(c0, c1):
                 lanes = offset(work, (c - c0) * 2 * LANES)
-                add_plane_grads(own, C, L, c, n, l0, l1, table, relu, streaming, lanes)
+                add_plane_grads(own, C, L, c, n, l0, l1, table, relu, streaming, n == n0, lanes)
     for j in range(c1 - c0):
         partial_of(partials, k, COUNT)[at + j] = np.float64((n1 - n0) * (l1 - l0))
         partial_of(partials, k, SUM_DY)[at + j] = sum_lanes(load(work, j * 2 * LANES))

@@ -33,8 +33,8 @@ from numbabn.cpu.vector import (
     I64,
     LANES,
     call,
+    first_lanes,
     float64x16,
-    splat,
     suffix,
     vector_of,
 )
@@ -104,13 +104,6 @@ def _encode(builder: Any, pointer: Any, value: Any) -> Any:
     return value
 
 
-def _first_lanes(builder: Any, count: Any) -> Any:
-    """Mask that is true in the first `count` lanes."""
-    kind = ir.VectorType(I64, LANES)
-    lane = ir.Constant(kind, list(range(LANES)))
-    return builder.icmp_signed("<", lane, splat(builder, count, kind))
-
-
 @intrinsic
 def _array_pointer(typingctx: Any, array: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -173,7 +166,7 @@ def load_first(typingctx: Any, source: Any, index: Any, count: Any, fill: Any) -
         kind = _memory_type(source)
         place = _at(builder, args[0], args[1], kind)
         align = I32(source.dtype.bitwidth // 8)
-        mask = _first_lanes(builder, args[2])
+        mask = first_lanes(builder, args[2])
         name = f"llvm.masked.load.{suffix(kind)}.p0"
         raw = call(builder, name, kind, [place, align, mask, ir.Constant(kind, None)])
         return builder.select(mask, _decode(builder, source, raw), args[3])

@@ -96,17 +96,19 @@ def add_eight(a, b, c, d, e, f, g, h):
 
 
 @function
-def add_planes(x, C, L, c0, c1, n, l0, l1, centers, ahead, work, wide):
+def add_planes(x, C, L, c0, c1, n, l0, l1, centers, ahead, fresh, work, wide):
     """Add columns l0:l1 of row n of channels c0:c1 to the 16 lanes of their two sums in `work`.
 
-    These are the sums of ``d = x - center`` and of ``d * d``.
+    Begins with nothing if `fresh`. These are the sums of ``d = x - center`` and of ``d * d``.
     """
     zero = as_summed(wide, splat_like(x, 0.0))
     for c in range(c0, c1):
         fill = splat_like(x, centers[c - c0])
         center = as_summed(wide, fill)
         at = (c - c0) * 2 * LANES
-        total, squares = load(work, at), load(work, at + LANES)
+        total, squares = splat64(0.0), splat64(0.0)
+        if not fresh:
+            total, squares = load(work, at), load(work, at + LANES)
         i = (n * C + c) * L + l0
         end = i + l1 - l0
         while i + 8 * LANES <= end:
@@ -143,10 +145,9 @@ def add_planes(x, C, L, c0, c1, n, l0, l1, centers, ahead, work, wide):
 @function
 def plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work, wide):
     """The two sums over rows n0:n1, columns l0:l1 of each of channels c0:c1: lanes in `work`."""
-    for j in range(2 * (c1 - c0)):
-        store(work, j * LANES, splat64(0.0))
     for n in range(n0, n1):
-        add_planes(x, C, L, c0, c1, n, l0, l1, centers, reach_from(reach, n), work, wide)
+        ahead = reach_from(reach, n)
+        add_planes(x, C, L, c0, c1, n, l0, l1, centers, ahead, n == n0, work, wide)
 
 
 # Squares of float32 numbers lose digits below this, as their mean.
@@ -310,20 +311,28 @@ def fold_all(sums, channels, L):
 
 @inline
 def all_exact(count, sums, squares, channels):
-    """Whether no channel's sums, which are folded, have lost digits; see `plane_chunk`."""
+    """Whether no channel's sums, which are folded, have lost digits; see `is_exact`."""
     exact = True
-    per_value = 1.0 / count
     for c in range(channels):
-        m2 = squares[c] - sums[c] * sums[c] * per_value
+        m2 = squares[c] - sums[c] * sums[c] / count
         exact &= is_exact(count, squares[c], m2)
     return exact
+
+
+@inline
+def replace_inexact(count, sums, squares, exact_sums, exact_squares, channels):
+    """Take the other sums of the channels that need it: the rest depends on no other channel."""
+    for c in range(channels):
+        m2 = squares[c] - sums[c] * sums[c] / count
+        if not is_exact(count, squares[c], m2):
+            sums[c], squares[c] = exact_sums[c], exact_squares[c]
 
 
 @function
 def column_chunk(x, C, L, k, m0, m1, c0, c1, work, space, partials, at):
     """Statistics of rows m0:m1 of channels c0:c1, into chunk k of `partials`, from place `at` on.
 
-    `work` is scratch: four times `space` numbers.
+    `work` is scratch: six times `space` numbers.
     """
     K = C * L
     width = (c1 - c0) * L
@@ -343,9 +352,11 @@ def column_chunk(x, C, L, k, m0, m1, c0, c1, work, space, partials, at):
     fold_all(sums, c1 - c0, L)
     fold_all(squares, c1 - c0, L)
     if not (is_double(x) or all_exact(count, sums, squares, c1 - c0)):
-        column_sums(x, K, m0, m1, c0 * L, width, shifts, sums, squares, True)
-        fold_all(sums, c1 - c0, L)
-        fold_all(squares, c1 - c0, L)
+        exact_sums, exact_squares = offset(work, 4 * space), offset(work, 5 * space)
+        column_sums(x, K, m0, m1, c0 * L, width, shifts, exact_sums, exact_squares, True)
+        fold_all(exact_sums, c1 - c0, L)
+        fold_all(exact_squares, c1 - c0, L)
+        replace_inexact(count, sums, squares, exact_sums, exact_squares, c1 - c0)
     for c in range(0, c1 - c0, LANES):
         lanes = lanes_at(c, c1 - c0)
         total = load(sums, c)

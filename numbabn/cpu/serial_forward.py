@@ -65,7 +65,7 @@ def stats_columns(x, M, C, L, rows, block, numbers, start, stop):
     """Items start:stop of the grid (block of channels) × (chunk of rows)."""
     partials = partials_of(numbers)
     space = room(block * L)
-    work = np.empty(4 * space + LANES)
+    work = np.empty(6 * space + LANES)
     for item in range(start, stop):
         k = item % partials.chunks
         c0 = (item // partials.chunks) * block
@@ -241,7 +241,7 @@ def forward_columns(
     io = forward_io(x, residual, bits, out, block * L)
     channels = channels_of(weight, bias, running_mean, running_var, momentum, eps, table)
     space = room(block * L)
-    work = np.empty(4 * space + LANES)
+    work = np.empty(6 * space + LANES)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + LANES)
     columns = columns_of(pointer(buffer), space)
     numbers = np.empty(chunks * FORWARD_FIELDS * block)
