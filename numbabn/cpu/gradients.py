@@ -27,6 +27,7 @@ from numbabn.cpu.channels import (
 )
 from numbabn.cpu.memory import elements_past_boundary, load, load_first, offset, put, store
 from numbabn.cpu.normalization import (
+    MOST_IN_CACHE,
     affine_at,
     affine_of,
     ask_ahead,
@@ -458,19 +459,38 @@ def column_grad_chunk(
 
 @function
 def column_elements(io, K, m0, m1, k0, width, columns, relu, streaming):
-    """Training's input gradient of rows m0:m1, columns k0:k0+width, one row after the other."""
+    """Training's input gradient of rows m0:m1, columns k0:k0+width; see `normalize_rows`."""
     row_bits = (K + LANES - 1) // LANES
-    for m in range(m0, m1):
+    in_cache = not streaming and (m1 - m0) * width <= MOST_IN_CACHE
+    m = m0
+    while m < m1:
         i = m * K + k0
         bit = m * row_bits + k0 // LANES
         j = head_of(io.grad_input, io.bits, i, i + width, streaming)
         if j > 0:
             gradient_part(io, i, bit, j, affine_at(columns, 0), slopes_at(columns, 0), relu)
-        while j + LANES <= width:
-            affine, slopes = affine_at(columns, j), slopes_at(columns, j)
-            put_gradient(io, i + j, bit, affine, slopes, relu, streaming)
-            j += LANES
-            bit += 1
-        if j < width:
-            affine, slopes = affine_at(columns, j), slopes_at(columns, j)
-            gradient_part(io, i + j, bit, width - j, affine, slopes, relu)
+        if in_cache and m + 2 <= m1:
+            while j + LANES <= width:
+                affine, slopes = affine_at(columns, j), slopes_at(columns, j)
+                g0, x0 = read_pair(io, i + j, bit, affine, relu)
+                g1, x1 = read_pair(io, i + j + K, bit + row_bits, affine, relu)
+                put_pair(io, i + j, LANES, g0, x0, affine, slopes, False)
+                put_pair(io, i + j + K, LANES, g1, x1, affine, slopes, False)
+                j += LANES
+                bit += 1
+            if j < width:
+                affine, slopes = affine_at(columns, j), slopes_at(columns, j)
+                gradient_part(io, i + j, bit, width - j, affine, slopes, relu)
+                gradient_part(io, i + j + K, bit + row_bits, width - j, affine, slopes, relu)
+            m += 2
+        else:
+            while j + LANES <= width:
+                put_gradient(
+                    io, i + j, bit, affine_at(columns, j), slopes_at(columns, j), relu, streaming
+                )
+                j += LANES
+                bit += 1
+            if j < width:
+                affine, slopes = affine_at(columns, j), slopes_at(columns, j)
+                gradient_part(io, i + j, bit, width - j, affine, slopes, relu)
+            m += 1
