@@ -97,6 +97,29 @@ def same_kind(name: str, given: Any, x: Array) -> Array:
     return value
 
 
+def gradient(
+    shape: tuple[int, ...], dtype: Any, wanted: tuple[int, ...], wanted_dtype: Any
+) -> None:
+    """`grad_output` has the shape and dtype of the forward pass that was saved."""
+    if shape != wanted:
+        raise ValueError(
+            f"grad_output: expected the shape of the saved forward pass, {wanted}, got {shape}"
+        )
+    if dtype != wanted_dtype:
+        raise TypeError(
+            f"grad_output: expected the dtype of the saved forward pass, {wanted_dtype}, "
+            f"got {dtype}"
+        )
+
+
+def gradient_layout(strides: tuple[int, ...]) -> ValueError:
+    """The error for a `grad_output` without gaps in another memory order than x."""
+    return ValueError(
+        "grad_output: expected the memory layout of the saved forward pass's x, got "
+        f"strides {strides}; copy it into that layout first"
+    )
+
+
 def writable(name: str, value: Any) -> None:
     """Running statistics and `out` are written in place."""
     if not isinstance(value, np.ndarray):
