@@ -16,6 +16,11 @@ from numbabn.backward import Saved
 from numbabn.cuda.arrays import NOTHING, DeviceArray
 from numbabn.cuda.call import Call, check_apart, check_writable, lie_alike, view_of
 from numbabn.cuda.interop import STORAGE, CudaArray
+from numbabn.cuda.values import Assignment as Assignment
+from numbabn.cuda.values import add as add
+from numbabn.cuda.values import copied as copied
+from numbabn.cuda.values import fill as fill
+from numbabn.cuda.values import fold_scale_shift as fold_scale_shift
 from numbabn.layout import View
 
 _FLOAT32, _FLOAT64 = STORAGE["float32"], STORAGE["float64"]

@@ -32,10 +32,6 @@ class HostArray:
     def __getitem__(self, index):
         return self.like(self.values[index])
 
-    def __iadd__(self, other):
-        self.values += other.values
-        return self
-
     def __array_namespace__(self):
         gpu, kind = self.gpu, self
 
@@ -48,7 +44,12 @@ class HostArray:
             array.values[...] = 0
             return array
 
+        def asarray(values, device):
+            assert device == kind.device
+            return kind.from_host(values)  # only where a test gives them such a method
+
         return SimpleNamespace(
+            asarray=asarray,
             empty=empty,
             zeros=zeros,
             permute_dims=lambda a, axes: kind.like(a.values.transpose(axes)),

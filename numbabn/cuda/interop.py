@@ -229,6 +229,24 @@ class Library:
     def permute(self, array: Any, axes: tuple[int, ...]) -> Any:
         return array.__array_namespace__().permute_dims(array, axes)
 
+    # Each of the next three says whether the library has such an operation; if not, a kernel does it.
+
+    def add(self, target: Any, source: Any, stream: int) -> bool:
+        """``target += source``, both of this library."""
+        return False
+
+    def set(self, target: Any, source: Any, stream: int) -> bool:
+        """``target[...] = source``, both of this library."""
+        return False
+
+    def fill(self, target: Any, value: float, stream: int) -> bool:
+        """``target[...] = value``."""
+        return False
+
+    def from_host(self, like: Any, values: np.ndarray[Any, Any], stream: int) -> Any:
+        """A new array on the device of `like`, with the values and the dtype of a NumPy array."""
+        return like.__array_namespace__().asarray(values, device=like.device)
+
     def empty(
         self, like: Any, shape: tuple[int, ...], order: tuple[int, ...] | None, dtype: str,
         stream: int,
@@ -261,6 +279,25 @@ class _Torch(Library):
     def permute(self, array: Any, axes: tuple[int, ...]) -> Any:
         return array.permute(axes)
 
+    def add(self, target: Any, source: Any, stream: int) -> bool:
+        with self.on(target, stream):
+            target.add_(source)
+        return True
+
+    def set(self, target: Any, source: Any, stream: int) -> bool:
+        with self.on(target, stream):
+            target.copy_(source)
+        return True
+
+    def fill(self, target: Any, value: float, stream: int) -> bool:
+        with self.on(target, stream):
+            target.fill_(value)
+        return True
+
+    def from_host(self, like: Any, values: np.ndarray[Any, Any], stream: int) -> Any:
+        with self.on(like, stream):
+            return modules["torch"].from_numpy(values).to(like.device)
+
 
 class _CuPy(Library):
     def on(self, like: Any, stream: int) -> AbstractContextManager[Any]:
@@ -279,6 +316,25 @@ class _CuPy(Library):
     def permute(self, array: Any, axes: tuple[int, ...]) -> Any:
         return array.transpose(axes)
 
+    def add(self, target: Any, source: Any, stream: int) -> bool:
+        with self.on(target, stream):
+            target += source
+        return True
+
+    def set(self, target: Any, source: Any, stream: int) -> bool:
+        with self.on(target, stream):
+            target[...] = source
+        return True
+
+    def fill(self, target: Any, value: float, stream: int) -> bool:
+        with self.on(target, stream):
+            target.fill(value)
+        return True
+
+    def from_host(self, like: Any, values: np.ndarray[Any, Any], stream: int) -> Any:
+        with self.on(like, stream):
+            return modules["cupy"].asarray(values)
+
 
 class _Numba(Library):
     def new(self, like: Any, shape: tuple[int, ...], dtype: str, zeros: bool = False) -> Any:
@@ -287,6 +343,11 @@ class _Numba(Library):
         if zeros:
             return cuda.to_device(np.zeros(shape, _numpy_dtype(dtype)))
         return cuda.device_array(shape, _numpy_dtype(dtype))
+
+    def from_host(self, like: Any, values: np.ndarray[Any, Any], stream: int) -> Any:
+        from numba import cuda
+
+        return cuda.to_device(values, stream=launch.stream_object(stream))
 
     def empty(
         self, like: Any, shape: tuple[int, ...], order: tuple[int, ...] | None, dtype: str,
