@@ -13,8 +13,9 @@ import numpy as np
 
 from numbabn import checks, cuda
 from numbabn.backward import Saved
+from numbabn.cuda import interop
 from numbabn.cuda.arrays import NOTHING, DeviceArray
-from numbabn.cuda.call import Call, check_apart, check_writable, lie_alike, view_of
+from numbabn.cuda.call import Call, check_apart, check_writable, lie_alike, on_its_device, view_of
 from numbabn.cuda.interop import STORAGE, CudaArray
 from numbabn.cuda.values import Assignment as Assignment
 from numbabn.cuda.values import add as add
@@ -26,6 +27,7 @@ from numbabn.layout import View
 _FLOAT32, _FLOAT64 = STORAGE["float32"], STORAGE["float64"]
 
 
+@on_its_device
 def _forward(
     given: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, training: bool,
     momentum: Any, eps: Any, channel_axis: Any, activation: Any, residual: Any, out: Any,
@@ -101,6 +103,7 @@ def batch_norm_forward(*arguments: Any) -> tuple[Any, Saved]:
     return y, saved
 
 
+@on_its_device
 def batch_norm_backward(
     grad_output: Any, saved: Saved, needs: tuple[bool, bool, bool], out: Any, stream: Any
 ) -> tuple[Any, ...]:
@@ -156,10 +159,11 @@ def saved_mean(saved: Saved) -> Any:
     """The mean of each channel, float64, on the device."""
     kept: Any = saved.x
     table: Any = saved.table
-    call = Call("x", kept.owner, None)
-    if not kept.size:
-        return call.zeros(saved.view.C, _FLOAT64)
-    return cuda.mean_of(table, saved.view.C, call.queue).owner
+    with interop.on_device_of(kept.owner):
+        call = Call("x", kept.owner, None)
+        if not kept.size:
+            return call.zeros(saved.view.C, _FLOAT64)
+        return cuda.mean_of(table, saved.view.C, call.queue).owner
 
 
 def saved_invstd(saved: Saved) -> Any:
@@ -168,13 +172,15 @@ def saved_invstd(saved: Saved) -> Any:
     table: Any = saved.table
     C = saved.view.C
     if not kept.size:
-        return Call("x", kept.owner, None).zeros(C, _FLOAT64)
+        with interop.on_device_of(kept.owner):
+            return Call("x", kept.owner, None).zeros(C, _FLOAT64)
     return table.owner[2 * C : 3 * C]
 
 
 # --- the stages -------------------------------------------------------------------------------
 
 
+@on_its_device
 def batch_norm_stats(given: Any, channel_axis: Any, stream: Any) -> tuple[int, Any, Any]:
     """Count, mean and m2, the latter two on the device."""
     call = Call("x", given, stream)
@@ -187,6 +193,7 @@ def batch_norm_stats(given: Any, channel_axis: Any, stream: Any) -> tuple[int, A
     return view.per_channel, mean.owner, m2.owner
 
 
+@on_its_device
 def normalize(
     given: Any, scale: Any, shift: Any, channel_axis: Any, activation: Any, residual: Any,
     out: Any, stream: Any,
@@ -226,6 +233,7 @@ def _pair(
     return call, call.same_kind("grad_output", grad_output, call.array), view
 
 
+@on_its_device
 def batch_norm_backward_reduce(
     grad_output: Any, given: Any, mean: Any, invstd: Any, channel_axis: Any, stream: Any
 ) -> tuple[Any, Any]:
@@ -243,6 +251,7 @@ def batch_norm_backward_reduce(
     return sums[:C], sums[C:]
 
 
+@on_its_device
 def batch_norm_backward_elemt(
     grad_output: Any, given: Any, mean: Any, invstd: Any, weight: Any, sum_dy: Any,
     sum_dy_xmu: Any, count: Any, channel_axis: Any, out: Any, stream: Any,

@@ -250,8 +250,7 @@ class _BatchNorm:
 
     def reset_parameters(self) -> None:
         """Set weight to 1, bias to 0, and the running statistics as `reset_running_stats` does."""
-        self.reset_running_stats()
-        self._fill(weight=1, bias=0)
+        self._fill(running_mean=0, running_var=1, num_batches_tracked=0, weight=1, bias=0)
 
     def state_dict(self, prefix: str = "") -> dict[str, Any]:
         """Everything that training changes, under PyTorch's names.
@@ -269,7 +268,7 @@ class _BatchNorm:
             CUDA arrays stay on their device.
         """
         return {
-            prefix + name: device().copied(name, a) if checks.is_cuda(a) else a.copy()
+            prefix + name: device().copied(a, name) if checks.is_cuda(a) else a.copy()
             for name, a in self._state().items()
         }
 
@@ -355,7 +354,7 @@ class _BatchNorm:
             with np.errstate(over="ignore", invalid="ignore"):  # infinities are values
                 total += grad
         else:
-            device().add(name, total, grad, grad_output, stream)
+            device().add(grad_output, name, total, grad, stream)
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         """Refuse an input of another rank or channel count; the rest is checked further down."""

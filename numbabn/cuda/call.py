@@ -5,15 +5,38 @@ Nothing is read on the host, copied or waited for.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
 
 import numpy as np
 
 from numbabn import checks, layout
 from numbabn.cuda import interop, launch
 from numbabn.cuda.arrays import DeviceArray, Queue
+from numbabn.cuda.channels import TABLE_ROWS
 from numbabn.cuda.interop import STORAGE, CudaArray
+from numbabn.cuda.plans import Planes, plan
 from numbabn.layout import View
+
+# What kernels can count to: 32 bits, and room for how far a block's indices run past the end.
+MOST_COUNTED = (1 << 32) - (1 << 17)
+SURELY_INDEXED = 1 << 24  # arrays of fewer elements are never too large
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def on_its_device(function: _Function) -> _Function:
+    """Have the device of the first argument be the current one while `function` runs."""
+
+    @wraps(function)
+    def there(given: Any, *rest: Any, **options: Any) -> Any:
+        with interop.on_device_of(given):
+            return function(given, *rest, **options)
+
+    result: _Function = there  # type: ignore[assignment]
+    return result
 
 
 class Call:
@@ -34,10 +57,11 @@ class Call:
     def take(self, name: str, value: Any) -> CudaArray:
         """One more array."""
         array = interop.take(name, value, self.stream)
-        if type(value) is type(self.array.owner):
-            here, there = (getattr(a.owner, "device", None) for a in (self.array, array))
-            if here != there:
-                raise ValueError(f"{name}: expected an array on {here}, got one on {there}")
+        if None not in (array.device, self.array.device) and array.device != self.array.device:
+            raise ValueError(
+                f"{name}: expected an array on device {self.array.device} like the others, "
+                f"got one on device {array.device}"
+            )
         self.taken[name] = array
         return array
 
@@ -135,6 +159,25 @@ def check_apart(name: str, array: CudaArray, other_name: str, other: CudaArray) 
         )
 
 
+def _check_indices(x: CudaArray, view: View) -> None:
+    """Refuse an array whose slots, rows or columns cannot be counted with 32 bits.
+
+    Elements are counted with 64 bits where they have to be; nothing else in a kernel is.
+    """
+    how = plan(view, x.storage.itemsize)
+    counted = [TABLE_ROWS * view.C, 4 * view.C * how.chunks]  # the table, and the sums of chunks
+    if isinstance(how, Planes):
+        counted.append(how.N * how.C * how.slots)
+    else:
+        counted += [how.K, how.height + 1]
+    if max(counted) > MOST_COUNTED:
+        raise ValueError(
+            f"x: expected at most {MOST_COUNTED} slots of 16 bytes (64 GiB) for planes of "
+            "channels, and as many columns, rows and sums of chunks otherwise, got shape "
+            f"{x.shape} of {x.dtype_name}; call with parts of it"
+        )
+
+
 def view_of(x: CudaArray, channel_axis: Any) -> tuple[int, View]:
     """The channels' axis, and the view of x."""
     if len(x.shape) < 2:
@@ -150,4 +193,6 @@ def view_of(x: CudaArray, channel_axis: Any) -> tuple[int, View]:
             f"x: expected an array without gaps, in any order of axes, got strides {x.strides} for "
             f"shape {x.shape}; CUDA arrays are not copied, so make it contiguous first"
         )
+    if x.size >= SURELY_INDEXED:
+        _check_indices(x, view)
     return axis, view

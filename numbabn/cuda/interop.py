@@ -42,6 +42,7 @@ class CudaArray(NamedTuple):
     stream: int | None  # on which its values come to be; None if they are there
     owner: Any
     capsule: Any = None  # of DLPack, if that is how the memory is lent
+    device: int | None = None  # its number; None if nothing says
 
     @property
     def size(self) -> int:
@@ -76,7 +77,23 @@ def take(name: str, value: Any, stream: int) -> CudaArray:
         raise ValueError(f"{name}: expected an array that lends its memory, got {error}") from error
     if found.size and found.address % found.storage.itemsize:
         raise ValueError(f"{name}: expected an aligned address, got {found.address:#x}")
-    return found
+    return found._replace(device=device_of(value))
+
+
+def device_of(value: Any) -> int | None:
+    """The number of the device that a CUDA array is on, or None if nothing says."""
+    if launch.device_count() == 1:
+        return 0
+    if hasattr(value, "__dlpack_device__"):
+        return int(value.__dlpack_device__()[1])
+    interface = getattr(value, "__cuda_array_interface__", None)
+    address = interface["data"][0] if interface else 0
+    return launch.device_at(address) if address else None
+
+
+def on_device_of(value: Any) -> AbstractContextManager[Any]:
+    """For as long as the context lasts, the device of an array is the current one."""
+    return launch.on_device(device_of(value))
 
 
 def _not_floating(name: str, got: Any) -> TypeError:
@@ -229,7 +246,7 @@ class Library:
     def permute(self, array: Any, axes: tuple[int, ...]) -> Any:
         return array.__array_namespace__().permute_dims(array, axes)
 
-    # Each of the next three says whether the library has such an operation; if not, a kernel does it.
+    # The next three say whether the library has such an operation; a kernel does it if not.
 
     def add(self, target: Any, source: Any, stream: int) -> bool:
         """``target += source``, both of this library."""

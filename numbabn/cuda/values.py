@@ -15,10 +15,10 @@ from numba import cuda
 from numbabn import checks
 from numbabn.cuda import launch
 from numbabn.cuda.arrays import DeviceArray
-from numbabn.cuda.call import Call, check_writable
+from numbabn.cuda.call import Call, check_writable, on_its_device
 from numbabn.cuda.channels import bias_of, weight_of
 from numbabn.cuda.indices import index
-from numbabn.cuda.interop import STORAGE, CudaArray
+from numbabn.cuda.interop import STORAGE, CudaArray, on_device_of
 from numbabn.cuda.memory import load_any, store_any
 from numbabn.cuda.options import THREADS, Address, Double, Flag, Size
 from numbabn.cuda.vector import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
@@ -82,7 +82,8 @@ def _combine(
     _launch(combine, target.size, stream, target.address, address, target.size, value, keep, kinds)
 
 
-def add(name: str, total: Any, grad: Any, like: Any, stream: Any) -> None:
+@on_its_device
+def add(like: Any, name: str, total: Any, grad: Any, stream: Any) -> None:
     """``total += grad`` on the stream of the call that `like` is an argument of."""
     call = Call("grad_output", like, stream)
     source = call.take("gradient", grad)
@@ -95,17 +96,19 @@ def add(name: str, total: Any, grad: Any, like: Any, stream: Any) -> None:
 
 def fill(values: Mapping[str, tuple[Any, float]]) -> None:
     """Set arrays to a number each, after all have been checked."""
-    calls = []
+    for name, (array, _) in values.items():
+        with on_device_of(array):
+            call = Call(name, array, None)
+            check_writable(name, call.channels(name, array, call.array.size))
     for name, (array, value) in values.items():
-        call = Call(name, array, None)
-        check_writable(name, call.channels(name, array, call.array.size))
-        calls.append((call, array, value))
-    for call, array, value in calls:
-        if not call.library.fill(array, value, call.stream):
-            _combine(call.array, None, value, False, call.stream)
+        with on_device_of(array):
+            call = Call(name, array, None)
+            if not call.library.fill(array, value, call.stream):
+                _combine(call.array, None, value, False, call.stream)
 
 
-def copied(name: str, array: Any) -> Any:
+@on_its_device
+def copied(array: Any, name: str) -> Any:
     """A copy by the library that the array is from."""
     call = Call(name, array, None)
     source = call.channels(name, array, call.array.size)
@@ -120,10 +123,12 @@ class Assignment:
     """`value` for the layer's array `own`: checked at once, written by `write`."""
 
     def __init__(self, key: str, value: Any, own: Any):
-        self.call = Call(key, own, None)
         self.own = own
-        if hasattr(value, "detach"):
-            value = value.detach()
+        with on_device_of(own):
+            self._check(key, value.detach() if hasattr(value, "detach") else value)
+
+    def _check(self, key: str, value: Any) -> None:
+        self.call, own = Call(key, self.own, None), self.own
         C = self.call.array.size
         check_writable(key, self.call.channels(key, own, C))
         if not checks.is_cuda(value):
@@ -152,12 +157,14 @@ class Assignment:
 
     def write(self) -> None:
         call = self.call
-        call.begin()
         same = type(self.value) is type(self.own)
-        if not same or not call.library.set(self.own, self.value, call.stream):
-            _combine(call.array, self.source.flat, 0.0, False, call.stream)
+        with on_device_of(self.own):
+            call.begin()
+            if not same or not call.library.set(self.own, self.value, call.stream):
+                _combine(call.array, self.source.flat, 0.0, False, call.stream)
 
 
+@on_its_device
 def fold_scale_shift(
     mean: Any, var: Any, weight: Any, bias: Any, eps: Any, dtype: str
 ) -> tuple[Any, Any]:
