@@ -70,7 +70,7 @@ class Entry(NamedTuple):
 @cache
 def entries() -> tuple[Entry, ...]:
     """The kernels. Imported here: asv imports this module, and its environments lack numba-cuda."""
-    from numbabn.cuda import channels, fused, gradients, normalization, reductions
+    from numbabn.cuda import channels, fused, gradient_sums, gradients, normalization, reductions
     from numbabn.cuda.options import BACKWARD_SLOTS, FORWARD_SLOTS, FUSED_THREADS, THREADS
 
     bounds, fused_bounds = (THREADS, 4), (FUSED_THREADS, 1)
@@ -79,8 +79,8 @@ def entries() -> tuple[Entry, ...]:
         Entry(normalization.normalize_columns, THREADS, bounds, 2),
         Entry(reductions.stats_planes, THREADS, bounds, 4),
         Entry(reductions.stats_columns, THREADS, bounds, 2),
-        Entry(gradients.backward_sums_planes, THREADS, bounds, 4),
-        Entry(gradients.backward_sums_columns, THREADS, bounds, 2),
+        Entry(gradient_sums.backward_sums_planes, THREADS, bounds, 4),
+        Entry(gradient_sums.backward_sums_columns, THREADS, bounds, 2),
         Entry(gradients.backward_elements_planes, THREADS, bounds, 4),
         Entry(gradients.backward_elements_columns, THREADS, bounds, 2),
         Entry(fused.forward_planes, FUSED_THREADS, fused_bounds, FORWARD_SLOTS),

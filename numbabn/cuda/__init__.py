@@ -12,7 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from numbabn.cuda import channels, fused, gradients, launch, normalization, reductions
+from numbabn.cuda import (
+    channels,
+    fused,
+    gradient_sums,
+    gradients,
+    launch,
+    normalization,
+    reductions,
+)
 from numbabn.cuda.arrays import NOTHING, DeviceArray, Queue
 from numbabn.cuda.channels import SLOPE_ROWS as SLOPE_ROWS
 from numbabn.cuda.channels import TABLE_ROWS as TABLE_ROWS
@@ -179,10 +187,10 @@ def _backward_partials(
     table: DeviceArray, relu: bool, queue: Queue,
 ) -> tuple[DeviceArray, int]:  # fmt: skip
     how, family = _family(view, x.itemsize)
-    partials = queue.empty(view.C * how.chunks * 3)
+    partials = queue.empty(view.C * how.chunks * 2)
     arrays = (grad_output, x, bits, grad_input, grad_residual)
     variant = _variant(
-        getattr(gradients, f"backward_sums_{family}"), x, grad_output, grad_input, grad_residual
+        getattr(gradient_sums, f"backward_sums_{family}"), x, grad_output, grad_input, grad_residual
     )
     arguments = (
         *map(_address, arrays), *how.chunk_sizes, table.address, partials.address, int(relu),
@@ -205,8 +213,8 @@ def backward_eval(
     partials, chunks = _backward_partials(*arrays, view, table, relu, queue)
     sums = queue.empty(2 * view.C, dtype)
     _each_channel(
-        channels.finish_sums, x, view.C, queue, partials.address, chunks, view.C, table.address,
-        sums.address, _kinds(sums), 0,
+        channels.finish_sums, x, view.C, queue, partials.address, chunks, view.C,
+        view.per_channel, table.address, sums.address, _kinds(sums), 0,
     )  # fmt: skip
     return sums
 
@@ -255,8 +263,8 @@ def backward_train(
         grad_output, x, bits, None, None, view, table, relu, queue
     )
     _each_channel(
-        channels.finish_sums, x, view.C, queue, partials.address, chunks, view.C, table.address,
-        sums.address, _kinds(sums), slopes.address,
+        channels.finish_sums, x, view.C, queue, partials.address, chunks, view.C,
+        view.per_channel, table.address, sums.address, _kinds(sums), slopes.address,
     )  # fmt: skip
     backward_elements(*arrays, view, table, slopes, relu, queue)
     return sums

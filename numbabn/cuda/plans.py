@@ -12,7 +12,9 @@ from typing import NamedTuple
 from numbabn.cuda.options import FUSED_THREADS, PAIR, PLANE_CHUNK, THREADS, TILE_WIDTH, WIDEST_TILE
 from numbabn.layout import View
 
-BLOCKS = 132 * 8  # enough for every multiprocessor to have as many as it can hold
+MULTIPROCESSORS = 132
+BLOCKS = MULTIPROCESSORS * 8  # enough for each to have as many as it can hold
+LEAST_BYTES = 640  # of a column of a chunk: what its sums take is 32 bytes to three times that
 MOST_TURNS = 16  # tiles that a thread sums in float32
 MOST_PARTS = 65535  # a grid's largest y
 SHORT_PLANE = 128  # shorter ones are columns
@@ -134,21 +136,26 @@ def plan(view: View, itemsize: int) -> Planes | Columns:
     K = C * L * copies
     height, left = divmod(N * C * L, K)
     unit = L // gcd(L, V)  # slots of the fewest channels that fill slots
-    # Narrow tiles: a block's sums are one for each of its channels, whatever it read for them.
-    tall = min(32, -(-(height + 1) // PAIR))
-    most = max(1, min(THREADS // tall, TILE_WIDTH) // unit)  # units in a tile
-    units = K // V // unit
-    tiles = -(-units // most)
-    width = unit * -(-units // tiles)
-    tiles = -(-units * unit // width)
-    tall = THREADS // width
     rows = height + (left > 0)
+    units = K // V // unit
+    # Narrow tiles: a block's sums are two for each of its channels, whatever it read for them. So
+    # they are the narrower the fewer blocks there would be if each read enough.
+    for tall in (32, 64, 128):
+        tall = min(tall, -(-(height + 1) // PAIR))
+        most = max(1, min(THREADS // tall, TILE_WIDTH) // unit)  # units in a tile
+        tiles = -(-units // most)
+        width = unit * -(-units // tiles)
+        if unit == 1 and units > 1:
+            width += width % 2  # whole sectors of 32 bytes
+        tiles = -(-units * unit // width)
+        tall = THREADS // width
+        enough = tall * -(-LEAST_BYTES // itemsize // tall)
+        if -(-rows // enough) * tiles >= MULTIPROCESSORS:
+            break
     turn = tall * PAIR
     turns = min(max(-(-rows // turn) * tiles // BLOCKS, 1), 8)
     turns = max(turns, -(-rows // turn // MOST_PARTS))
-    # Longer chunks, if there are blocks enough: less is written and read of what they sum to.
-    long = -(-rows // (8 * tall)) * tiles >= BLOCKS // 8
-    part = _turns(rows, (8 if long else 4) * tall, tiles)
+    part = _turns(rows, min(enough, tall * max(1, rows * tiles // MULTIPROCESSORS // tall)), tiles)
     bits = -(-N * C * L // V)
     return Columns(C, L, K, height, left, width, tall, tiles, copies, bits, turn * turns, part)
 
