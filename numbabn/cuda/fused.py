@@ -28,7 +28,7 @@ from numbabn.cuda.gradients import (
     table_unit,
 )
 from numbabn.cuda.indices import as_float, as_float64, index, like
-from numbabn.cuda.memory import decode, element, hidden, load, no_slot, opaque, pointer, store
+from numbabn.cuda.memory import decode, element, hidden, load, load_wanted, opaque, pointer, store
 from numbabn.cuda.options import (
     Address,
     Double,
@@ -90,9 +90,7 @@ def slot_number(x, n, v, c, C, slots):
 @inline
 def fetch(x, n, v, c, C, slots, V, step, wanted):
     """Slot v of sample n, if it is wanted, and where the thread's next slot is."""
-    slot = no_slot()
-    if wanted:
-        slot = load(x, slot_number(x, n, v, c, C, slots) * V)
+    slot = load_wanted(x, slot_number(x, n, v, c, C, slots) * V, wanted)
     n, v = next_slot(n, v, slots, step)
     return slot, n, v
 
@@ -137,6 +135,7 @@ def forward_planes(storage, aligned, wide):
         s2, n, v = fetch(source, n, v, c, C, slots, V, step, mine > 2)
         s3, n, v = fetch(source, n, v, c, C, slots, V, step, mine > 3)
 
+        mine = opaque(mine)  # lest a slot be loaded only after the one before was dealt with
         zero = as_float(source, like(C, 0))
         count = as_float(source, mine * V)
         shift, total, mean, m2 = zero, zero, zero, zero
@@ -303,15 +302,6 @@ def backward_planes(storage, aligned, wide):
         )
 
     return backward_planes
-
-
-@inline
-def load_wanted(x, i, wanted):
-    """A whole slot, or zeros."""
-    slot = no_slot()
-    if wanted:
-        slot = load(x, i)
-    return slot
 
 
 @inline

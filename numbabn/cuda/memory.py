@@ -172,6 +172,38 @@ def _in_part(builder: Any, j: int, lo: Any, hi: Any) -> Any:
     return builder.and_(after, builder.icmp_unsigned(">", hi, hi.type(j)))
 
 
+def _load_if(builder: Any, pointer: Pointer, base: Any, i: Any, wanted: Any) -> Any:
+    """A slot, or zeros if it is not wanted."""
+    if pointer.aligned:
+        # One predicated instruction: from a branch the compiler copies what was loaded to where the
+        # paths meet, and so waits for it before the next load. No order is needed: what a thread
+        # reads nobody writes but itself, afterwards.
+        address = builder.ptrtoint(place(builder, base, i, ITEMSIZE[pointer.storage], I32), I64)
+        code = "{ .reg .pred %wanted; setp.ne.u32 %wanted, $5, 0; "
+        code += "".join(f"mov.b32 ${j}, 0; " for j in range(4))
+        code += "@%wanted ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }"
+        kind = ir.FunctionType(ir.LiteralStructType([I32] * 4), [I64, I32])
+        words = builder.call(
+            ir.InlineAsm(kind, code, "=r,=r,=r,=r,l,r", side_effect=True),
+            [address, builder.zext(wanted, I32)],
+        )
+        return pack(builder, RAW, [builder.extract_value(words, j) for j in range(4)])
+    result = cgutils.alloca_once_value(builder, ir.Constant(RAW, [I32(0)] * 4))
+    with builder.if_then(wanted):
+        builder.store(_load_slot(builder, pointer, base, i), result)
+    return builder.load(result)
+
+
+@intrinsic
+def load_wanted(typingctx: Any, pointer: Any, i: Any, wanted: Any) -> Any:
+    """The slot whose first number is ``pointer[i]``, or zeros if it is not wanted."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _load_if(builder, pointer, *args)
+
+    return slot_type(pointer, i, types.boolean), codegen
+
+
 @intrinsic
 def load_part(typingctx: Any, pointer: Any, i: Any, lo: Any, hi: Any) -> Any:
     """Numbers lo:hi of a slot, and zeros; ``pointer[i]`` is number 0, whether or not it exists."""
@@ -179,19 +211,19 @@ def load_part(typingctx: Any, pointer: Any, i: Any, lo: Any, hi: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         base, i, lo, hi = args
         kind, size = stored_as(pointer), ITEMSIZE[pointer.storage]
-        result = cgutils.alloca_once_value(builder, ir.Constant(RAW, [I32(0)] * 4))
-        with builder.if_else(_covers(builder, pointer, lo, hi)) as (whole, part):
-            with whole:
-                builder.store(_load_slot(builder, pointer, base, i), result)
-            with part, builder.if_then(builder.icmp_unsigned("<", lo, hi)):
-                first = place(builder, base, i, size, kind)
-                numbers = []
-                for j in range(pointer.lanes):
-                    number = cgutils.alloca_once_value(builder, kind(0))
-                    with builder.if_then(_in_part(builder, j, lo, hi)):
-                        builder.store(read(builder, builder.gep(first, [I32(j)]), size), number)
-                    numbers.append(builder.load(number))
-                builder.store(words_of(builder, numbers), result)
+        whole = _covers(builder, pointer, lo, hi)
+        result = cgutils.alloca_once(builder, RAW)
+        builder.store(_load_if(builder, pointer, base, i, whole), result)
+        part = builder.and_(builder.not_(whole), builder.icmp_unsigned("<", lo, hi))
+        with builder.if_then(part, likely=False):
+            first = place(builder, base, i, size, kind)
+            numbers = []
+            for j in range(pointer.lanes):
+                number = cgutils.alloca_once_value(builder, kind(0))
+                with builder.if_then(_in_part(builder, j, lo, hi)):
+                    builder.store(read(builder, builder.gep(first, [I32(j)]), size), number)
+                numbers.append(builder.load(number))
+            builder.store(words_of(builder, numbers), result)
         return builder.load(result)
 
     return slot_type(pointer, i, lo, hi), codegen
@@ -244,8 +276,11 @@ def hidden(typingctx: Any, slot: Any) -> Any:
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(I32, [I32, I32])
+        combine = ir.InlineAsm(kind, "xor.b32 $0, $1, $2;", "=r,r,r", side_effect=True)
         zero = call(builder, "llvm.nvvm.read.ptx.sreg.ctaid.z", I32, [])
-        return pack(builder, RAW, [builder.xor(w, zero) for w in lanes_of(builder, args[0])])
+        words = [builder.call(combine, [word, zero]) for word in lanes_of(builder, args[0])]
+        return pack(builder, RAW, words)
 
     return slot_type(slot), codegen
 
