@@ -1,9 +1,9 @@
 """How many bytes a thread has asked for before it waits: read from what ptxas made of a kernel.
 
-A GPU hides the way to memory by having many loads on it at once. A thread goes on after a load until
-an instruction names a register that the load has yet to fill. So the loads in flight are those on a
-path through the machine code since the last such instruction. Only loads of 16 bytes and more count:
-the bulk of the data comes by them, the rest is a few numbers per channel.
+A GPU hides the way to memory by having many loads on it at once. A thread goes on after a load
+until an instruction names a register that the load has yet to fill. So the loads in flight are
+those on a path through the machine code since the last such instruction. Only loads of 16 bytes and
+more count: the bulk of the data comes by them, the rest is a few numbers per channel.
 """
 
 from __future__ import annotations
@@ -124,10 +124,6 @@ def without(ptx: str, names: tuple[str, ...], given: tuple[str, ...]) -> str:
     for name in given:
         if name in names:
             number = names.index(name)
-            ptx = re.sub(
-                rf"ld\.param\.b64\s+(%\w+), \[\w+_param_{number}\];|"
-                rf"ld\.param\.u64\s+(%\w+), \[\w+_param_{number}\];",
-                lambda found: f"mov.b64 {found[1] or found[2]}, 0;",
-                ptx,
-            )
+            load = rf"ld\.param\.[bu]64\s+(%\w+), \[\w+_param_{number}\];"
+            ptx = re.sub(load, r"mov.b64 \1, 0;", ptx)
     return ptx
