@@ -98,8 +98,8 @@ def in_flight(sass: str) -> int:
     code, labels = parse(sass)
     following = []
     for at, one in enumerate(code):
-        after = [at + 1] if one.falls and at + 1 < len(code) else []
-        following.append(after + ([labels[one.target]] if one.target else []))
+        falls = [at + 1] if one.falls and at + 1 < len(code) else []
+        following.append(falls + ([labels[one.target]] if one.target else []))
     seen = {(0, frozenset[int]())}
     left = list(seen)
     most = [0] * len(code)
