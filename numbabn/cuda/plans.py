@@ -152,10 +152,12 @@ def plan(view: View, itemsize: int) -> Planes | Columns:
         enough = tall * -(-LEAST_BYTES // itemsize // tall)
         if -(-rows // enough) * tiles >= MULTIPROCESSORS:
             break
+    else:
+        enough = tall * max(1, rows * tiles // MULTIPROCESSORS // tall)
     turn = tall * PAIR
     turns = min(max(-(-rows // turn) * tiles // BLOCKS, 1), 8)
     turns = max(turns, -(-rows // turn // MOST_PARTS))
-    part = _turns(rows, min(enough, tall * max(1, rows * tiles // MULTIPROCESSORS // tall)), tiles)
+    part = _turns(rows, enough, tiles)
     bits = -(-N * C * L // V)
     return Columns(C, L, K, height, left, width, tall, tiles, copies, bits, turn * turns, part)
 
