@@ -76,7 +76,15 @@ class Entry(NamedTuple):
 @cache
 def entries() -> tuple[Entry, ...]:
     """The kernels. Imported here: asv imports this module, and its environments lack numba-cuda."""
-    from numbabn.cuda import channels, fused, gradient_sums, gradients, normalization, reductions
+    from numbabn.cuda import (
+        channels,
+        fused,
+        fused_columns,
+        gradient_sums,
+        gradients,
+        normalization,
+        reductions,
+    )
     from numbabn.cuda.options import FUSED_THREADS, THREADS
 
     families = (
@@ -85,6 +93,10 @@ def entries() -> tuple[Entry, ...]:
         gradient_sums.backward_sums_planes, gradient_sums.backward_sums_columns,
         gradients.backward_elements_planes, gradients.backward_elements_columns,
     )  # fmt: skip
+    whole = (
+        fused.forward_planes, fused.backward_planes,
+        fused_columns.forward_columns, fused_columns.backward_columns,
+    )  # fmt: skip
     once = (
         channels.finish_stats, channels.finish_sums, channels.finish_known,
         channels.finish_slopes, channels.finish_mean,
@@ -92,10 +104,7 @@ def entries() -> tuple[Entry, ...]:
     bounds = (THREADS, 4)
     return (
         *(Entry(make, THREADS, bounds) for make in families),
-        *(
-            Entry(make, FUSED_THREADS, (FUSED_THREADS, 1))
-            for make in (fused.forward_planes, fused.backward_planes)
-        ),
+        *(Entry(make, FUSED_THREADS, (FUSED_THREADS, 1)) for make in whole),
         *(Entry(make, 128, bounds) for make in once),
     )
 

@@ -15,6 +15,7 @@ import numpy as np
 from numbabn.cuda import (
     channels,
     fused,
+    fused_columns,
     gradient_sums,
     gradients,
     launch,
@@ -24,7 +25,7 @@ from numbabn.cuda import (
 from numbabn.cuda.arrays import NOTHING, DeviceArray, Queue
 from numbabn.cuda.channels import SLOPE_ROWS as SLOPE_ROWS
 from numbabn.cuda.channels import TABLE_ROWS as TABLE_ROWS
-from numbabn.cuda.options import BACKWARD_SLOTS, FORWARD_SLOTS, FUSED_THREADS, THREADS
+from numbabn.cuda.options import FUSED_THREADS, THREADS
 from numbabn.cuda.plans import Columns, Planes, plan
 from numbabn.cuda.vector import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from numbabn.layout import View
@@ -162,15 +163,17 @@ def forward_train(
     table = queue.empty(TABLE_ROWS * view.C)
     given = (weight, bias, running_mean, running_var)
     how = plan(view, x.itemsize)
-    threads = how.fused(FORWARD_SLOTS)
-    if isinstance(how, Planes) and threads:
-        variant = _variant(fused.forward_planes, x, residual, out, bounds=(FUSED_THREADS, 1))
+    block = how.fused(backward=False)
+    if block:
+        planes = isinstance(how, Planes)
+        make = fused.forward_planes if planes else fused_columns.forward_columns
+        variant = _variant(make, x, residual, out, bounds=(FUSED_THREADS, 1))
         arguments = (
-            *map(_address, (x, residual, bits, out)), how.N, how.C, how.slots,
+            *map(_address, (x, residual, bits, out)), *how.fused_sizes,
             *map(_address, given), _kinds(*given), momentum, eps, table.address,
             0.0 if relu else -np.inf,
         )  # fmt: skip
-        launch.launch(variant, (how.C,), (threads,), 0, queue.stream, arguments)
+        launch.launch(variant, how.fused_grid(block), block, 0, queue.stream, arguments)
         return table
     partials, chunks = _batch_stats(x, view, queue)
     _each_channel(
@@ -246,17 +249,18 @@ def backward_train(
     sums = queue.empty(2 * view.C, dtype)
     arrays = (grad_output, x, bits, grad_input, grad_residual)
     how = plan(view, x.itemsize)
-    threads = how.fused(BACKWARD_SLOTS)
-    if isinstance(how, Planes) and threads:
+    block = how.fused(backward=True)
+    if block:
+        planes = isinstance(how, Planes)
+        make = fused.backward_planes if planes else fused_columns.backward_columns
         variant = _variant(
-            fused.backward_planes, x, grad_output, grad_input, grad_residual,
-            bounds=(FUSED_THREADS, 1),
-        )  # fmt: skip
+            make, x, grad_output, grad_input, grad_residual, bounds=(FUSED_THREADS, 1)
+        )
         arguments = (
-            *map(_address, arrays), how.N, how.C, how.slots, table.address, sums.address,
-            _kinds(sums), int(relu),
+            *map(_address, arrays), *how.fused_sizes, table.address, sums.address, _kinds(sums),
+            int(relu),
         )  # fmt: skip
-        launch.launch(variant, (how.C,), (threads,), 0, queue.stream, arguments)
+        launch.launch(variant, how.fused_grid(block), block, 0, queue.stream, arguments)
         return sums
     slopes = queue.empty(SLOPE_ROWS * view.C)
     partials, chunks = _backward_partials(

@@ -331,6 +331,27 @@ def decode(typingctx: Any, pointer: Any, slot: Any) -> Any:
 
 
 @intrinsic
+def number(typingctx: Any, pointer: Any, slot: Any, j: Any) -> Any:
+    """A slot's number `j`, an index."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        numbers = numbers_of(builder, pointer, args[1])
+        if ITEMSIZE[pointer.storage] == 2:  # by words: fewer registers, and fewer to choose from
+            numbers = lanes_of(builder, args[1])
+        j = resize(builder, args[2], I32)
+        at = builder.lshr(j, I32(1)) if ITEMSIZE[pointer.storage] == 2 else j
+        chosen = numbers[0]
+        for n, one in enumerate(numbers[1:], 1):
+            chosen = builder.select(builder.icmp_unsigned("==", at, I32(n)), one, chosen)
+        if ITEMSIZE[pointer.storage] == 2:
+            shift = builder.shl(builder.and_(j, I32(1)), I32(4))
+            chosen = builder.trunc(builder.lshr(chosen, shift), I16)
+        return widened(builder, pointer, chosen)
+
+    return pointer.dtype(pointer, slot, j), codegen
+
+
+@intrinsic
 def store(typingctx: Any, pointer: Any, i: Any, vector: Any) -> Any:
     """Numbers to ``pointer[i]`` and what follows."""
 

@@ -9,7 +9,19 @@ from functools import cache
 from math import gcd
 from typing import NamedTuple
 
-from numbabn.cuda.options import FUSED_THREADS, PAIR, PLANE_CHUNK, THREADS, TILE_WIDTH, WIDEST_TILE
+from numbabn.cuda.options import (
+    BACKWARD_ROWS,
+    BACKWARD_SLOTS,
+    FORWARD_ROWS,
+    FORWARD_SLOTS,
+    FUSED_THREADS,
+    FUSED_WIDTH,
+    PAIR,
+    PLANE_CHUNK,
+    THREADS,
+    TILE_WIDTH,
+    WIDEST_TILE,
+)
 from numbabn.layout import View
 
 MULTIPROCESSORS = 132
@@ -18,6 +30,11 @@ LEAST_BYTES = 640  # of a column of a chunk: what its sums take is 32 bytes to t
 MOST_TURNS = 16  # tiles that a thread sums in float32
 MOST_PARTS = 65535  # a grid's largest y
 SHORT_PLANE = 128  # shorter ones are columns
+
+
+def fused_threads(slots: int, held: int) -> int:
+    """Threads of a block that holds so many slots in registers, up to `held` in each."""
+    return min(max(-(-slots // (held * 32)), -(-slots // 96), 2) * 32, FUSED_THREADS)
 
 
 class Planes(NamedTuple):
@@ -31,16 +48,24 @@ class Planes(NamedTuple):
     chunk: int  # slots of a block, elementwise
     part: int  # slots of a chunk of a channel
 
-    def fused(self, held: int) -> int:
-        """Threads of a block that does a whole channel, holding `held` slots each, or 0.
+    def fused(self, backward: bool) -> tuple[int, ...]:
+        """The block that does a whole channel in the forward or backward pass, or nothing.
 
         There must be channels enough to keep the device busy, unless they are small.
         """
+        held = BACKWARD_SLOTS if backward else FORWARD_SLOTS
         slots = self.N * self.slots
         whole = self.slots * self.lanes == self.L
         if not whole or slots > held * FUSED_THREADS or (self.C < BLOCKS // 16 and slots > 2048):
-            return 0
-        return min(max(-(-slots // (held * 32)), -(-slots // 96), 2) * 32, FUSED_THREADS)
+            return ()
+        return (fused_threads(slots, held),)
+
+    def fused_grid(self, block: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.C,)
+
+    @property
+    def fused_sizes(self) -> tuple[int, ...]:
+        return self.N, self.C, self.slots
 
     @property
     def bits(self) -> int:
@@ -79,6 +104,7 @@ class Columns(NamedTuple):
     C: int
     L: int
     K: int
+    lanes: int  # numbers in a slot
     height: int
     left: int
     width: int
@@ -89,9 +115,30 @@ class Columns(NamedTuple):
     rows: int  # of a block, elementwise
     part: int  # rows of a chunk
 
-    def fused(self, held: int) -> int:
-        """There is no kernel that does whole channels of columns."""
-        return 0
+    def fused(self, backward: bool) -> tuple[int, ...]:
+        """The block that does whole channels in the forward or backward pass, or nothing.
+
+        As for planes. Tiles begin and end with sectors of 32 bytes.
+        """
+        held = (BACKWARD_ROWS if backward else FORWARD_ROWS)[self.lanes]
+        slots = self.K // self.lanes
+        if self.L > 1 or self.copies > 1:
+            return ()
+        width = FUSED_WIDTH
+        while width > 1:
+            tile = self.height * width
+            busy = slots // width >= BLOCKS // 16 or tile <= 2048
+            if slots % width == 0 and tile <= held * FUSED_THREADS and busy:
+                return width, fused_threads(tile, held) // width
+            width //= 2
+        return ()
+
+    def fused_grid(self, block: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.K // self.lanes // block[0],)
+
+    @property
+    def fused_sizes(self) -> tuple[int, ...]:
+        return self.height, self.C, self.K // self.lanes
 
     @property
     def chunks(self) -> int:
@@ -159,7 +206,7 @@ def plan(view: View, itemsize: int) -> Planes | Columns:
     turns = max(turns, -(-rows // turn // MOST_PARTS))
     part = _turns(rows, enough, tiles)
     bits = -(-N * C * L // V)
-    return Columns(C, L, K, height, left, width, tall, tiles, copies, bits, turn * turns, part)
+    return Columns(C, L, K, V, height, left, width, tall, tiles, copies, bits, turn * turns, part)
 
 
 def _turns(length: int, turn: int, beside: int) -> int:
