@@ -240,8 +240,8 @@ def store_gradient(
     x, bits, target, passed, grad_residual = io
     if wanted:
         kept = bits_of(bits, at, like(V, 0), V)
-        xmu = decode(x, opaque(slot)) - mean
-        g = cut_off(x, opaque(grad), bits, kept, xmu, scale, shift, relu)
+        xmu = decode(x, hidden(slot)) - mean
+        g = cut_off(x, hidden(grad), bits, kept, xmu, scale, shift, relu)
         if grad_residual != 0:
             store(passed, at * V, g)
         store(target, at * V, ((g - grad_mean) + fma(xmu, slope, offset)) * scale)
