@@ -294,6 +294,11 @@ def backward_planes(storage, aligned, wide):
         grad_mean, slope = get(coefficients, like(C, 0)), get(coefficients, like(C, 1))
         offset = get(coefficients, like(C, 2))
         io = (source, bits, target, passed, grad_residual)
+        again, step = opaque(thread()), opaque(step)  # computed anew, not kept till here
+        n, v = again // slots, again % slots
+        n1, v1 = next_slot(n, v, slots, step)
+        a = slot_number(source, n, v, c, C, slots)
+        b = slot_number(source, n1, v1, c, C, slots)
         store_gradient(
             io, s0, g0, a, lanes, mean, scale, shift, grad_mean, slope, offset, relu, mine > 0
         )
