@@ -24,6 +24,8 @@ Array = NDArray[Any]
 
 # Planes shorter than this are taken as columns (measured, see docs/architecture.md).
 SHORT_PLANE = 128
+# Likewise a single row of them; a vector of 16 then lies in two planes at most.
+SHORTEST_PLANE = 16
 # Elements up to which one kernel in one thread is done with eval's forward pass, checks included,
 # before several threads have been called (measured: 13 us instead of 17 for 100,000 elements on
 # two cores).
@@ -70,7 +72,7 @@ def describe(
     ]
     if C == 1:
         N, L = 1, N * L
-    columns = L == 1 or (L < SHORT_PLANE and N > 1)
+    columns = L < SHORTEST_PLANE or (L < SHORT_PLANE and N > 1)
     return View(columns, N, C, L, None if in_c_order else order)
 
 

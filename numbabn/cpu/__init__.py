@@ -42,11 +42,16 @@ def forward_eval(
     bias: Array, running_mean: Array, running_var: Array, eps: float, relu: bool,
 ) -> None:  # fmt: skip
     """Normalize with the running statistics."""
+    if not view.columns and view.N >= TABLE_FROM:
+        table = eval_table(x, weight, bias, running_mean, running_var, eps)
+        return normalize(x, residual, bits, out, view, table, relu)
     channels = (weight, bias, running_mean, running_var, eps, _NO_TABLE)
     _normalize(x, residual, bits, out, view, channels, relu)
 
 
 _NO_TABLE = np.empty((0, 0))
+# Rows of planes for which what is known of a channel is worked out once, and not with each plane.
+TABLE_FROM = 4
 
 
 def eval_table(
@@ -127,7 +132,8 @@ def _backward_partials(
     plan = schedule.plan_for(x, view)
     partials = np.empty((plan.chunks, BACKWARD_FIELDS, view.C))
     written = [array for array in (grad_input, grad_residual) if array is not None]
-    streaming = bool(written) and schedule.streams(view, x.nbytes, True, *written)
+    whole_rows = view.columns or bits is not None
+    streaming = bool(written) and schedule.streams(view, x.nbytes, whole_rows, *written)
     schedule.run(
         "backward_sums_", plan, plan.chunk_items, grad_output, x, bits, grad_input,
         grad_residual, *plan.chunk_sizes, table, partials, relu, streaming,

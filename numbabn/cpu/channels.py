@@ -1,7 +1,7 @@
 """What happens once per channel: from sums to the few numbers that the big loops need.
 
 Sixteen channels at a time, in float64 lanes; `x` is a pointer, and only its type matters. `table`
-holds five numbers per channel, shape ``(5, C)``:
+holds six numbers per channel, shape ``(6, C)``:
 
 ========== ===========================================================================
 MEAN       the mean, rounded to the type that the kernels compute with
@@ -9,6 +9,7 @@ REST       what that rounding left out, in standard deviations: mean = MEAN + RE
 INVSTD     r = 1 / sqrt(var + eps)
 SCALE      a = weight * r
 SHIFT      b = bias - weight * REST, so that y = (x - MEAN) * a + b
+UNIT       r, rounded to that type and within its range: see `gradients`
 ========== ===========================================================================
 
 `slopes` holds three more for the training mode's input gradient, shape ``(3, C)``:
@@ -17,15 +18,13 @@ SHIFT      b = bias - weight * REST, so that y = (x - MEAN) * a + b
 `partials` holds what each chunk of each channel summed to, channels next to each other so that
 they load as vectors. In the forward pass its shape is ``(chunks, 4, channels)``: count, center,
 sum of ``x - center``, and squared deviations from the chunk's mean. In the backward pass it is
-``(chunks, 3, channels)``: count, ``sum(dy)`` and ``sum(dy * xhat)``, the latter not yet times
-INVSTD unless x is float64 (see `gradients`). `Partials` points at it, or at part of it.
+``(chunks, 3, channels)``: count, ``sum(dy)`` and ``sum(dy * (x - MEAN) * UNIT)``. `Partials`
+points at it, or at part of it.
 
 Functions take pointers, `memory.pointer`: arrays would cost atomic reference counting per channel.
 """
 
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from numbabn.cpu.memory import load_upto, offset, pointer, put
 from numbabn.cpu.options import function, inline
@@ -43,8 +42,8 @@ from numbabn.cpu.vector import (
     widen,
 )
 
-MEAN, REST, INVSTD, SCALE, SHIFT = range(5)
-TABLE_ROWS = 5
+MEAN, REST, INVSTD, SCALE, SHIFT, UNIT = range(6)
+TABLE_ROWS = 6
 GRAD_MEAN, SLOPE, OFFSET = range(3)
 SLOPE_ROWS = 3
 
@@ -68,6 +67,12 @@ class Partials(NamedTuple):
 def partial_of(partials, k, field):
     """Pointer to one number for each channel."""
     return offset(partials.numbers, (k * partials.fields + field) * partials.space)
+
+
+@inline
+def count_of(partials, k, c):
+    """How many values of each channel chunk k has; those of channel c, as they are all the same."""
+    return partial_of(partials, k, COUNT)[c]
 
 
 @inline
@@ -144,7 +149,7 @@ def finite(correction):
 
 @function
 def merge_chunks(x, partials, c, lanes):
-    """Count, center, sum of ``x - center``, and m2 of `lanes` channels, from their chunks in order.
+    """Count, and lanes: center, sum of ``x - center`` and m2 of channels, from chunks in order.
 
     The pooled form of Chan, Golub & LeVeque (1979): first the common mean, then
     ``m2 = sum(m2_k + n_k * (mean_k - mean)**2)``, whose terms are all positive.
@@ -152,35 +157,35 @@ def merge_chunks(x, partials, c, lanes):
     center = partial_at(partials, 0, CENTER, c, lanes)
     if partials.chunks == 1:
         return (
-            partial_at(partials, 0, COUNT, c, lanes),
+            count_of(partials, 0, c),
             center,
             partial_at(partials, 0, SUM, c, lanes),
             partial_at(partials, 0, M2, c, lanes),
         )
     zero = splat64(0.0)
-    count, total, m2 = zero, zero, zero
+    count, total, m2 = 0.0, zero, zero
     if not is_double(x):  # all have one center, and float64 has precision to spare
         for k in range(partials.chunks):
-            count = count + partial_at(partials, k, COUNT, c, lanes)
+            count += count_of(partials, k, c)
             total = total + partial_at(partials, k, SUM, c, lanes)
-        mean = total / count
+        minus_mean = total * splat64(-1.0 / count)
         for k in range(partials.chunks):
-            n = partial_of(partials, k, COUNT)[c]  # the same for all channels
-            apart = fma(partial_at(partials, k, SUM, c, lanes), splat64(1.0 / n), zero - mean)
+            n = count_of(partials, k, c)
+            apart = fma(partial_at(partials, k, SUM, c, lanes), splat64(1.0 / n), minus_mean)
             m2 = m2 + fma(splat64(n) * apart, apart, partial_at(partials, k, M2, c, lanes))
         return count, center, total, m2
     lost = zero
     for k in range(partials.chunks):
-        n = partial_at(partials, k, COUNT, c, lanes)
-        count = count + n
-        apart = (partial_at(partials, k, CENTER, c, lanes) - center) * n
+        n = count_of(partials, k, c)
+        count += n
+        apart = (partial_at(partials, k, CENTER, c, lanes) - center) * splat64(n)
         total, lost = add_compensated(total, lost, apart)
         total, lost = add_compensated(total, lost, partial_at(partials, k, SUM, c, lanes))
     total = close_sum(total, lost)
-    mean = total / count
+    mean = total / splat64(count)
     lost = zero
     for k in range(partials.chunks):
-        n = partial_at(partials, k, COUNT, c, lanes)
+        n = splat64(count_of(partials, k, c))
         apart = partial_at(partials, k, CENTER, c, lanes) - center
         apart = apart + partial_at(partials, k, SUM, c, lanes) / n - mean
         m2, lost = add_compensated(
@@ -190,7 +195,14 @@ def merge_chunks(x, partials, c, lanes):
 
 
 @inline
-def fill_columns(channels, c, lanes, at, mean, rest, invstd):
+def unit_of(x, invstd):
+    """`invstd` in the type that kernels compute with; its largest power of two stands for more."""
+    rounded = widen(narrow_like(x, invstd))
+    return where_infinite(rounded, where_infinite(invstd, invstd, splat64(2.0**127)), rounded)
+
+
+@inline
+def fill_columns(x, channels, c, lanes, at, mean, rest, invstd):
     """Write what is known of channels c:c+lanes into the table's columns from `at` on."""
     gamma = read(channels.weight, c, lanes) if channels.has_weight else splat64(1.0)
     beta = read(channels.bias, c, lanes) if channels.has_bias else splat64(0.0)
@@ -200,6 +212,7 @@ def fill_columns(channels, c, lanes, at, mean, rest, invstd):
     write(table, INVSTD * C + at, lanes, invstd)
     write(table, SCALE * C + at, lanes, gamma * invstd)
     write(table, SHIFT * C + at, lanes, beta - finite(gamma * rest))
+    write(table, UNIT * C + at, lanes, unit_of(x, invstd))
 
 
 @inline
@@ -213,7 +226,7 @@ def round_mean(x, mean):
 def finish_given(x, mean, invstd, channels, c, lanes, at):
     """Fill `lanes` columns of the table, from `at` on, for channels with known mean and invstd."""
     rounded, low = round_mean(x, mean)
-    fill_columns(channels, c, lanes, at, rounded, finite(low * invstd), invstd)
+    fill_columns(x, channels, c, lanes, at, rounded, finite(low * invstd), invstd)
 
 
 @function
@@ -242,18 +255,18 @@ def finish_training(x, partials, channels, first, c, lanes):
     Updates their running statistics, and fills their columns of the table.
     """
     count, center, total, m2 = merge_chunks(x, partials, first, lanes)
-    # Divisions and roots are most of what is done here, and the count is the same in all lanes.
-    per_value = splat64(1.0) / count
+    # Divisions and roots are most of what is done here.
+    per_value = splat64(1.0 / count)
     mean = fma(total, per_value, center)
     if channels.has_mean:
         update(channels.running_mean, c, lanes, channels.momentum, mean)
     if channels.has_var:
-        update(channels.running_var, c, lanes, channels.momentum, m2 / (count - splat64(1.0)))
+        update(channels.running_var, c, lanes, channels.momentum, m2 * splat64(1.0 / (count - 1.0)))
     invstd = inverse_root(fma(m2, per_value, splat64(channels.eps)))
     rounded, _ = round_mean(x, mean)
     # sum(x - rounded), so that nothing underflows even if all of x is subnormal.
-    left = total - (rounded - center) * count
-    fill_columns(channels, c, lanes, c, rounded, finite(left * invstd * per_value), invstd)
+    left = total - (rounded - center) * splat64(count)
+    fill_columns(x, channels, c, lanes, c, rounded, finite(left * invstd * per_value), invstd)
 
 
 @function
@@ -265,9 +278,9 @@ def finish_backward(x, partials, C, first, c, lanes, table, sums, slopes):
     ``dx = a * (dy - mean(dy) - x̂ * mean(dy * x̂))``.
     """
     zero = splat64(0.0)
-    count, sum_dy, sum_dy_xhat, lost_dy, lost_dy_xhat = zero, zero, zero, zero, zero
+    count, sum_dy, sum_dy_xhat, lost_dy, lost_dy_xhat = 0.0, zero, zero, zero, zero
     for k in range(partials.chunks):
-        count = count + partial_at(partials, k, COUNT, first, lanes)
+        count += count_of(partials, k, first)
         chunk_dy = partial_at(partials, k, SUM_DY, first, lanes)
         chunk_dy_xhat = partial_at(partials, k, SUM_DY_XHAT, first, lanes)
         if is_double(x):
@@ -278,15 +291,14 @@ def finish_backward(x, partials, C, first, c, lanes, table, sums, slopes):
             sum_dy_xhat = sum_dy_xhat + chunk_dy_xhat
     sum_dy, sum_dy_xhat = close_sum(sum_dy, lost_dy), close_sum(sum_dy_xhat, lost_dy_xhat)
     invstd, rest = read(table, INVSTD * C + c, lanes), read(table, REST * C + c, lanes)
-    if not is_double(x):
-        sum_dy_xhat = sum_dy_xhat * invstd
-        several = where_larger(count, splat64(2.0), splat64(np.nan), sum_dy_xhat)
-        # xhat is infinite, and of either sign
-        sum_dy_xhat = where_infinite(invstd, several, sum_dy_xhat)
+    rounding = invstd / read(table, UNIT * C + c, lanes)
+    sum_dy_xhat = sum_dy_xhat * where_finite(rounding, rounding, splat64(1.0))
     sum_dy_xhat = sum_dy_xhat - finite(rest * sum_dy)
     write(sums, c, lanes, sum_dy)
     write(sums, C + c, lanes, sum_dy_xhat)
-    fill_slopes(x, C, c, lanes, sum_dy / count, sum_dy_xhat / count, table, slopes)
+    per_value = splat64(1.0 / count)
+    mean_dy, mean_dy_xhat = sum_dy * per_value, sum_dy_xhat * per_value
+    fill_slopes(x, C, c, lanes, mean_dy, mean_dy_xhat, table, slopes)
 
 
 @inline

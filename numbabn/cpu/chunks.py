@@ -27,19 +27,7 @@ def partials_of(numbers):
 
 
 @inline
-def chunk_at(item, chunks, rows, L, segment):
-    """Channel, number, first row and first column of a chunk of planes."""
+def chunk_of(k, rows, L, segment):
+    """First row and first column of the k-th chunk of planes."""
     across = (L + segment - 1) // segment
-    k = item % chunks
-    return item // chunks, k, (k // across) * rows, (k % across) * segment
-
-
-@inline
-def next_chunk(c, k, n0, l0, chunks, rows, L, segment):
-    """The chunk after that; divisions would take longer than a short chunk's sums."""
-    k += 1
-    if k == chunks:
-        return c + 1, 0, 0, 0
-    if l0 + segment < L:
-        return c, k, n0, l0 + segment
-    return c, k, n0 + rows, 0
+    return (k // across) * rows, (k % across) * segment

@@ -5,13 +5,13 @@ second version of a kernel. Where the backward pass will need to know what the R
 cannot recompute it (there was a residual), `bits` takes one bit per element: rows of
 ``ceil(row / 16)`` uint16 numbers, a row being one plane, or one row of columns.
 
-Streaming stores need 64-byte boundaries: a row then begins with a short piece up to the first
-(with `bits`, which fix where vectors begin, rows must be on such boundaries already).
+Streaming stores need 64-byte boundaries: what is stored in sequence then begins with a short piece
+up to the first (with `bits`, which fix where vectors begin, rows must begin on one already).
 """
 
 from typing import Any, NamedTuple
 
-from numbabn.cpu.channels import INVSTD, MEAN, SCALE, SHIFT
+from numbabn.cpu.channels import MEAN, SCALE, SHIFT, UNIT
 from numbabn.cpu.memory import (
     aligned,
     elements_to_boundary,
@@ -26,13 +26,11 @@ from numbabn.cpu.options import function, inline
 from numbabn.cpu.reductions import spread
 from numbabn.cpu.vector import (
     LANES,
+    blend,
     clip_below,
     fma,
-    is_double,
     positive_bits,
-    splat64,
     splat_like,
-    widen,
 )
 
 
@@ -53,8 +51,8 @@ class Forward(NamedTuple):
 class Affine(NamedTuple):
     """Vectors: ``(x - mean) * scale + shift``.
 
-    `unit` is 1, or for float64 x the inverse standard deviation: times that, ``x - mean`` can be
-    multiplied by a gradient even if both are subnormal.
+    `unit` is the inverse standard deviation: ``x - mean`` times that can be multiplied by a
+    gradient and summed without fear for the range of float32, or of subnormal numbers.
     """
 
     mean: Any
@@ -111,23 +109,13 @@ def note_bits(bits, bit, value):
 
 
 @inline
-def end_with_whole(bits, size, streaming):
-    """Whether a row that is no multiple of 16 may end with a whole vector that overlaps the last.
-
-    It is worked out before anything is stored, since the result may replace the input. Bits are
-    not stored twice, and a line that bypassed the caches is not fetched back to be stored again.
-    """
-    if bits is None:
-        return size > LANES and size % LANES != 0 and not streaming
-    return False
-
-
-@inline
 def head_of(target, bits, i, end, streaming):
     """How many elements of ``target[i:end]`` lie before the boundary that streaming needs."""
-    if bits is None:  # noqa: SIM102 - two ifs: Numba drops the branch of the one that is decided by a type
-        if streaming:
-            return min(end - i, elements_to_boundary(target, i))
+    # Three ifs, as Numba drops the branches that a type decides of those of one condition only.
+    if bits is None:  # noqa: SIM102
+        if target is not None:  # noqa: SIM102
+            if streaming:
+                return min(end - i, elements_to_boundary(target, i))
     return 0
 
 
@@ -141,31 +129,59 @@ def affine_of(x, table, C, c):
         splat_like(x, table[MEAN * C + c]),
         splat_like(x, table[SCALE * C + c]),
         splat_like(x, table[SHIFT * C + c]),
-        splat64(table[INVSTD * C + c] if is_double(x) else 1.0),
+        splat_like(x, table[UNIT * C + c]),
+    )
+
+
+@inline
+def blend_affine(count, a, b):
+    """`a` in the first `count` lanes, `b` in the others."""
+    return Affine(
+        blend(count, a.mean, b.mean),
+        blend(count, a.scale, b.scale),
+        blend(count, a.shift, b.shift),
+        blend(count, a.unit, b.unit),
     )
 
 
 @function
-def normalize_plane(io, i, end, bit, affine, floor, streaming):
-    """Elements i:end, all of the channel of `affine`."""
+def normalize_run(io, i, end, turn, L, bit, table, C, c, floor, streaming):
+    """Elements i:end of planes that follow each other, the first being channel c's up to `turn`.
+
+    A vector goes on from one plane into the next, so that all are whole and on boundaries of 64
+    bytes but for those at the ends. With bits, which begin anew with each plane, so do vectors.
+    `table` has C columns; after the last comes the first. Planes are of 16 elements or more.
+    """
     lowest = splat_like(io.x, floor)
-    overlap = end_with_whole(io.bits, end - i, streaming)
-    last = lowest
-    if overlap:
-        last = normalized(io, end - LANES, affine)
-    head = head_of(io.out, io.bits, i, end, streaming)
+    affine = affine_of(io.x, table, C, c)
+    head = head_of(io.out, io.bits, i, min(end, turn), streaming)
     if head > 0:
         normalize_part(io, i, bit, head, affine, floor)
         i += head
+    while turn < end:
+        while i + LANES <= turn:
+            put_normalized(io, i, bit, normalized(io, i, affine), lowest, streaming)
+            i += LANES
+            bit += 1
+        c = c + 1 if c + 1 < C else 0
+        following = affine_of(io.x, table, C, c)
+        if i < turn:
+            if io.bits is None and i + LANES <= end:
+                value = normalized(io, i, blend_affine(turn - i, affine, following))
+                put_normalized(io, i, bit, value, lowest, streaming)
+                i += LANES
+            else:
+                normalize_part(io, i, bit, turn - i, affine, floor)
+                i = turn
+            bit += 1
+        affine = following
+        turn += L
     while i + LANES <= end:
         put_normalized(io, i, bit, normalized(io, i, affine), lowest, streaming)
         i += LANES
         bit += 1
     if i < end:
-        if overlap:
-            put_normalized(io, end - LANES, bit, last, lowest, False)
-        else:
-            normalize_part(io, i, bit, end - i, affine, floor)
+        normalize_part(io, i, bit, end - i, affine, floor)
 
 
 # --- columns --------------------------------------------------------------------------------
@@ -202,41 +218,79 @@ def columns_of(buffer, space):
 
 
 @function
-def spread_affine(table, C, c, count, L, columns, j):
-    """Fill in, from column j on, what a table of C channels says of channels c:c+count."""
-    spread(offset(table, MEAN * C + c), count, L, offset(columns.mean, j))
-    spread(offset(table, SCALE * C + c), count, L, offset(columns.scale, j))
-    spread(offset(table, SHIFT * C + c), count, L, offset(columns.shift, j))
-    if is_double(columns.unit):
-        spread(offset(table, INVSTD * C + c), count, L, offset(columns.unit, j))
+def spread_affine(table, C, c, count, L, columns):
+    """Fill in what a table of C channels says of channels c:c+count."""
+    spread(offset(table, MEAN * C + c), count, L, columns.mean)
+    spread(offset(table, SCALE * C + c), count, L, columns.scale)
+    spread(offset(table, SHIFT * C + c), count, L, columns.shift)
+    spread(offset(table, UNIT * C + c), count, L, columns.unit)
 
 
 @inline
 def affine_at(columns, j):
     """Columns j:j+16."""
-    unit = widen(load(columns.unit, j)) if is_double(columns.unit) else splat64(1.0)
-    return Affine(load(columns.mean, j), load(columns.scale, j), load(columns.shift, j), unit)
+    return Affine(
+        load(columns.mean, j), load(columns.scale, j), load(columns.shift, j), load(columns.unit, j)
+    )
+
+
+@inline
+def runs_on(bits, L):
+    """Whether columns are long enough planes to be gone through as such; bits follow columns."""
+    if bits is None:
+        return L >= LANES
+    return False
+
+
+@function
+def normalize_runs(io, K, m0, m1, k0, width, L, table, C, c, floor, streaming):
+    """Rows m0:m1 of columns k0:k0+width, which are planes of L, the first being channel c's."""
+    for m in range(m0, m1):
+        i = m * K + k0
+        normalize_run(io, i, i + width, i + L, L, 0, table, C, c, floor, streaming)
+
+
+# Elements of a piece of work that is found in a core's own cache, or not far from it.
+MOST_IN_CACHE = 1 << 18
 
 
 @function
 def normalize_rows(io, K, m0, m1, k0, width, columns, floor, streaming):
     """Rows m0:m1 of columns k0:k0+width.
 
-    One row after the other: to load what is known of the columns only once for several rows took
-    up to 1.7 times as long, as memory likes to be read and written in one sequence.
+    In cache two at a time, so that what is known of the columns is loaded once for both. Otherwise
+    one row after the other: memory likes to be read and written in one sequence.
     """
     row_bits = (K + LANES - 1) // LANES
     lowest = splat_like(io.x, floor)
-    for m in range(m0, m1):
+    in_cache = not streaming and (m1 - m0) * width <= MOST_IN_CACHE
+    m = m0
+    while m < m1:
         i = m * K + k0
         bit = m * row_bits + k0 // LANES
         j = head_of(io.out, io.bits, i, i + width, streaming)
         if j > 0:
             normalize_part(io, i, bit, j, affine_at(columns, 0), floor)
-        while j + LANES <= width:
-            value = normalized(io, i + j, affine_at(columns, j))
-            put_normalized(io, i + j, bit, value, lowest, streaming)
-            j += LANES
-            bit += 1
-        if j < width:
-            normalize_part(io, i + j, bit, width - j, affine_at(columns, j), floor)
+        if in_cache and m + 2 <= m1:
+            while j + LANES <= width:
+                affine = affine_at(columns, j)
+                first = normalized(io, i + j, affine)
+                second = normalized(io, i + j + K, affine)
+                put_normalized(io, i + j, bit, first, lowest, False)
+                put_normalized(io, i + j + K, bit + row_bits, second, lowest, False)
+                j += LANES
+                bit += 1
+            if j < width:
+                second_bit = bit + row_bits
+                normalize_part(io, i + j, bit, width - j, affine_at(columns, j), floor)
+                normalize_part(io, i + j + K, second_bit, width - j, affine_at(columns, j), floor)
+            m += 2
+        else:
+            while j + LANES <= width:
+                value = normalized(io, i + j, affine_at(columns, j))
+                put_normalized(io, i + j, bit, value, lowest, streaming)
+                j += LANES
+                bit += 1
+            if j < width:
+                normalize_part(io, i + j, bit, width - j, affine_at(columns, j), floor)
+            m += 1

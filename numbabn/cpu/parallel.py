@@ -27,10 +27,10 @@ def share(items, parts, part):
 
 
 @parallel_kernel
-def stats_planes(x, N, C, L, rows, segment, partials, items, parts):
+def stats_planes(x, N, C, L, rows, segment, group, partials, items, parts):
     for part in prange(parts):
         serial.stats_planes(
-            x, N, C, L, rows, segment, partials, share(items, parts, part),
+            x, N, C, L, rows, segment, group, partials, share(items, parts, part),
             share(items, parts, part + 1),
         )
 
@@ -98,12 +98,12 @@ def forward_columns(
 
 @parallel_kernel
 def backward_sums_planes(
-    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, table, partials,
+    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, group, table, partials,
     relu, streaming, items, parts,
 ):
     for part in prange(parts):
         serial.backward_sums_planes(
-            grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment,
+            grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, group,
             table, partials, relu, streaming, share(items, parts, part),
             share(items, parts, part + 1),
         )

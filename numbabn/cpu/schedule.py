@@ -133,8 +133,9 @@ def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
         segment += -segment % 64  # whole cache lines of any dtype
         chunks = N * -(-L // segment)
     # A few channels at a time are summed, then normalized, as long as they fit L2 together: what is
-    # done once per channel is then done for up to 16 at once.
-    group = int(min(16, max(1, caches().l2 // 4 // (N * L * itemsize))))
+    # done once per channel is then done for up to 16 at once, and their rows lie in sequence.
+    group = min(16, max(1, caches().l2 // 4 // (N * L * itemsize)))
+    few = min(16, max(1, C * chunks // (4 * threads)))  # but every thread should have items
     # A channel's second look finds it in cache; but every thread should have channels to do.
     by_channel = threads == 1 or 4 * threads <= C or C % threads == 0
     channel_sizes = (N, C, L, rows, segment, chunks, group)
@@ -142,8 +143,8 @@ def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
         "planes",
         threads,
         chunks,
-        (N, C, L, rows, segment),
-        C * chunks,
+        (N, C, L, rows, segment, few),
+        -(-C // few) * chunks,
         (*channel_sizes, _ahead(L, N * L * itemsize)),
         (*channel_sizes, _ahead(L, 2 * N * L * itemsize)),
         C,

@@ -11,20 +11,26 @@ from numbabn.cpu.channels import (
     lanes_at,
     read,
 )
-from numbabn.cpu.chunks import chunk_at, keep_alive, next_chunk, partials_of, room
-from numbabn.cpu.gradients import (
-    Backward,
+from numbabn.cpu.chunks import chunk_of, keep_alive, partials_of, room
+from numbabn.cpu.gradient_columns import (
     column_elements,
     column_grad_chunk,
-    plane_elements,
-    plane_grad_chunk,
-    slopes_of,
+    gradient_runs,
     spread_slopes,
 )
-from numbabn.cpu.memory import aligned, empty_like_computed, offset, pointer, values_ahead
-from numbabn.cpu.normalization import COLUMN_ROWS, affine_of, columns_of, spread_affine
+from numbabn.cpu.gradient_planes import gradient_run, plane_grad_chunk
+from numbabn.cpu.gradients import Backward
+from numbabn.cpu.memory import (
+    aligned,
+    empty_like_computed,
+    if_needed,
+    offset,
+    pointer,
+    values_ahead,
+)
+from numbabn.cpu.normalization import COLUMN_ROWS, columns_of, runs_on, spread_affine
 from numbabn.cpu.options import inline, kernel
-from numbabn.cpu.reductions import reach_of
+from numbabn.cpu.reductions import PLANE_WORK, reach_of
 from numbabn.cpu.vector import LANES, splat64
 
 # fmt: off
@@ -41,21 +47,24 @@ def backward_io(grad_output, x, bits, grad_input, grad_residual, ahead):
 
 @kernel
 def backward_sums_planes(
-    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, table, numbers,
+    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, group, table, numbers,
     relu, streaming, start, stop,
 ):
-    """Chunks start:stop of all channels' chunks; in eval mode, with the input gradient."""
+    """Items start:stop of (group of channels) × (chunk); in eval mode, with the input gradient."""
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, None)
-    reach = reach_of(io.x, N, C, L)
     partials = partials_of(numbers)
-    c, k, n0, l0 = chunk_at(start, partials.chunks, rows, L, segment)
-    for _ in range(start, stop):
-        affine = affine_of(io.x, pointer(table), C, c)
+    work = np.empty(PLANE_WORK + LANES)
+    for item in range(start, stop):
+        k = item % partials.chunks
+        c0 = (item // partials.chunks) * group
+        c1 = min(C, c0 + group)
+        n0, l0 = chunk_of(k, rows, L, segment)
         plane_grad_chunk(
-            io, reach, C, L, c, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment), affine, relu,
-            streaming, partials, c,
+            io, reach_of(io.x, N, C * L, (c1 - c0) * L), C, L, c0, c1, k, n0, min(N, n0 + rows),
+            l0, min(L, l0 + segment), pointer(table), relu, streaming, aligned(pointer(work)),
+            partials, c0,
         )
-        c, k, n0, l0 = next_chunk(c, k, n0, l0, partials.chunks, rows, L, segment)
+    return keep_alive(work)
 
 
 @kernel
@@ -76,7 +85,7 @@ def backward_sums_columns(
         c0 = (item // partials.chunks) * block
         c1 = min(C, c0 + block)
         if c0 != spread_block:
-            spread_affine(pointer(table), C, c0, c1 - c0, L, columns, 0)
+            spread_affine(pointer(table), C, c0, c1 - c0, L, columns)
             spread_block = c0
         column_grad_chunk(
             io, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, columns, relu, streaming,
@@ -117,23 +126,16 @@ def backward_elements_planes(
     streaming, start, stop,
 ):
     """Training, given the sums: items start:stop of the segments of all planes."""
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual, values_ahead(pointer(x)))
+    ahead = if_needed(values_ahead(pointer(x)))
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, ahead)
     across = (L + segment - 1) // segment
     row_bits = (L + LANES - 1) // LANES
-    row = start // across
-    l0 = (start % across) * segment
-    c = row % C
-    for _ in range(start, stop):
-        l1 = min(L, l0 + segment)
-        bit = row * row_bits + l0 // LANES
-        affine = affine_of(io.x, pointer(table), C, c)
-        own = slopes_of(io.x, pointer(slopes), C, c)
-        plane_elements(io, row * L + l0, row * L + l1, bit, affine, own, relu, streaming)
-        l0 = l1
-        if l0 == L:
-            l0 = 0
-            row += 1
-            c = c + 1 if c + 1 < C else 0
+    row, l0 = start // across, (start % across) * segment
+    end = (stop // across) * L + (stop % across) * segment
+    gradient_run(
+        io, row * L + l0, end, (row + 1) * L, L, row * row_bits + l0 // LANES, pointer(table),
+        pointer(slopes), C, row % C, relu, streaming,
+    )
 
 
 @kernel
@@ -142,23 +144,31 @@ def backward_elements_columns(
     streaming, start, stop,
 ):
     """Training, given the sums: items start:stop of the grid (block of channels) × (rows)."""
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual, values_ahead(pointer(x)))
+    ahead = if_needed(values_ahead(pointer(x)))
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, ahead)
     downs = (M + rows - 1) // rows
     space = room(block * L)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + LANES)
     columns = columns_of(pointer(buffer), space)
+    in_runs = runs_on(io.bits, L)
     spread_block = -1
     for item in range(start, stop):
         c0 = (item // downs) * block
         c1 = min(C, c0 + block)
         m0 = (item % downs) * rows
-        if c0 != spread_block:
-            spread_affine(pointer(table), C, c0, c1 - c0, L, columns, 0)
-            spread_slopes(pointer(slopes), C, c0, c1, L, columns)
-            spread_block = c0
-        column_elements(
-            io, C * L, m0, min(M, m0 + rows), c0 * L, (c1 - c0) * L, columns, relu, streaming
-        )
+        m1 = min(M, m0 + rows)
+        k0, width = c0 * L, (c1 - c0) * L
+        if in_runs:
+            gradient_runs(
+                io, C * L, m0, m1, k0, width, L, pointer(table), pointer(slopes), C, c0, relu,
+                streaming,
+            )
+        else:
+            if c0 != spread_block:
+                spread_affine(pointer(table), C, c0, c1 - c0, L, columns)
+                spread_slopes(pointer(slopes), C, c0, c1, L, columns)
+                spread_block = c0
+            column_elements(io, C * L, m0, m1, k0, width, columns, relu, streaming)
     return keep_alive(buffer)
 
 
@@ -170,32 +180,29 @@ def backward_planes(
     """Training, channels start:stop: a group is summed, then differentiated while in cache."""
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, elements_ahead)
     reading = Backward(io.grad_output, io.x, io.bits, None, None, None)
-    reach = reach_of(io.x, N, C, L)
     numbers = np.empty(chunks * BACKWARD_FIELDS * LANES)
     partials = Partials(pointer(numbers), BACKWARD_FIELDS, LANES, chunks)
+    work = np.empty(PLANE_WORK + LANES)
     row_bits = (L + LANES - 1) // LANES
     for c0 in range(start, stop, group):
         c1 = min(stop, c0 + group)
-        for c in range(c0, c1):
-            affine = affine_of(io.x, pointer(table), C, c)
-            k, n0, l0 = 0, 0, 0
-            for _ in range(chunks):
-                plane_grad_chunk(
-                    reading, reach, C, L, c, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment),
-                    affine, relu, False, partials, c - c0,
-                )
-                _, k, n0, l0 = next_chunk(c, k, n0, l0, chunks, rows, L, segment)
+        reach = reach_of(io.x, N, C * L, (c1 - c0) * L)
+        for k in range(chunks):
+            n0, l0 = chunk_of(k, rows, L, segment)
+            plane_grad_chunk(
+                reading, reach, C, L, c0, c1, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment),
+                pointer(table), relu, False, aligned(pointer(work)), partials, 0,
+            )
         finish_backward(
             io.x, partials, C, 0, c0, c1 - c0, pointer(table), pointer(sums), pointer(slopes)
         )
-        for c in range(c0, c1):
-            affine = affine_of(io.x, pointer(table), C, c)
-            own = slopes_of(io.x, pointer(slopes), C, c)
-            for row in range((N - 1) * C + c, -1, -C):
-                plane_elements(
-                    io, row * L, (row + 1) * L, row * row_bits, affine, own, relu, streaming
-                )
-    return keep_alive(numbers)
+        for n in range(N - 1, -1, -1):
+            row = n * C + c0
+            gradient_run(
+                io, row * L, (row + c1 - c0) * L, (row + 1) * L, L, row * row_bits,
+                pointer(table), pointer(slopes), C, c0, relu, streaming,
+            )
+    return keep_alive(numbers) + keep_alive(work)
 
 
 @kernel
@@ -204,7 +211,7 @@ def backward_columns(
     slopes, relu, streaming, start, stop,
 ):
     """Training, blocks of channels start:stop, summed, then differentiated while in cache."""
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual, block * L)
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, if_needed(block * L))
     reading = Backward(io.grad_output, io.x, io.bits, None, None, None)
     space = room(block * L)
     work = np.empty(2 * space + LANES)
@@ -215,7 +222,7 @@ def backward_columns(
     for item in range(start, stop):
         c0 = item * block
         c1 = min(C, c0 + block)
-        spread_affine(pointer(table), C, c0, c1 - c0, L, columns, 0)
+        spread_affine(pointer(table), C, c0, c1 - c0, L, columns)
         for k in range(chunks):
             column_grad_chunk(
                 reading, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, columns, relu, False,
@@ -226,6 +233,13 @@ def backward_columns(
                 io.x, partials, C, c - c0, c, lanes_at(c, c1), pointer(table), pointer(sums),
                 pointer(slopes),
             )
-        spread_slopes(pointer(slopes), C, c0, c1, L, columns)
-        column_elements(io, C * L, 0, M, c0 * L, (c1 - c0) * L, columns, relu, streaming)
+        k0, width = c0 * L, (c1 - c0) * L
+        if runs_on(io.bits, L):
+            gradient_runs(
+                io, C * L, 0, M, k0, width, L, pointer(table), pointer(slopes), C, c0, relu,
+                streaming,
+            )
+        else:
+            spread_slopes(pointer(slopes), C, c0, c1, L, columns)
+            column_elements(io, C * L, 0, M, k0, width, columns, relu, streaming)
     return keep_alive(work) + keep_alive(buffer) + keep_alive(numbers)

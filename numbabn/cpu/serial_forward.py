@@ -15,20 +15,21 @@ from numbabn.cpu.channels import (
     read,
     write,
 )
-from numbabn.cpu.chunks import chunk_at, keep_alive, next_chunk, partials_of, room
-from numbabn.cpu.memory import aligned, empty_like_computed, pointer, values_ahead
+from numbabn.cpu.chunks import chunk_of, keep_alive, partials_of, room
+from numbabn.cpu.memory import aligned, empty_like_computed, if_needed, pointer, values_ahead
 from numbabn.cpu.normalization import (
     COLUMN_ROWS,
     Forward,
-    affine_of,
     columns_of,
-    normalize_plane,
     normalize_rows,
+    normalize_run,
+    normalize_runs,
+    runs_on,
     spread_affine,
 )
 from numbabn.cpu.options import inline, kernel
-from numbabn.cpu.reductions import column_chunk, first_value, plane_chunk, reach_of
-from numbabn.cpu.vector import LANES
+from numbabn.cpu.reductions import PLANE_WORK, column_chunk, plane_chunk, reach_of
+from numbabn.cpu.vector import LANES, splat64
 
 # fmt: off
 # The long lists of arguments below are easier to compare when they are set like text.
@@ -43,17 +44,20 @@ def forward_io(x, residual, bits, out, ahead):
 
 
 @kernel
-def stats_planes(x, N, C, L, rows, segment, numbers, start, stop):
-    """Chunks start:stop of all channels' chunks, counted channel by channel."""
+def stats_planes(x, N, C, L, rows, segment, group, numbers, start, stop):
+    """Items start:stop of the grid (group of channels) × (chunk)."""
     to_x, partials = pointer(x), partials_of(numbers)
-    reach = reach_of(to_x, N, C, L)
-    c, k, n0, l0 = chunk_at(start, partials.chunks, rows, L, segment)
-    for _ in range(start, stop):
+    work = np.empty(PLANE_WORK + LANES)
+    for item in range(start, stop):
+        k = item % partials.chunks
+        c0 = (item // partials.chunks) * group
+        c1 = min(C, c0 + group)
+        n0, l0 = chunk_of(k, rows, L, segment)
         plane_chunk(
-            to_x, C, L, c, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment),
-            first_value(to_x, c * L), reach, partials, c,
+            to_x, C, L, c0, c1, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment),
+            reach_of(to_x, N, C * L, (c1 - c0) * L), aligned(pointer(work)), partials, c0,
         )
-        c, k, n0, l0 = next_chunk(c, k, n0, l0, partials.chunks, rows, L, segment)
+    return keep_alive(work)
 
 
 @kernel
@@ -61,7 +65,7 @@ def stats_columns(x, M, C, L, rows, block, numbers, start, stop):
     """Items start:stop of the grid (block of channels) × (chunk of rows)."""
     partials = partials_of(numbers)
     space = room(block * L)
-    work = np.empty(4 * space + LANES)
+    work = np.empty(6 * space + LANES)
     for item in range(start, stop):
         k = item % partials.chunks
         c0 = (item // partials.chunks) * block
@@ -89,7 +93,7 @@ def merge_stats(x, numbers, mean, m2):
     for c in range(0, mean.size, LANES):
         lanes = lanes_at(c, mean.size)
         count, center, total, squares = merge_chunks(pointer(x), partials, c, lanes)
-        write(pointer(mean), c, lanes, center + total / count)
+        write(pointer(mean), c, lanes, center + total / splat64(count))
         write(pointer(m2), c, lanes, squares)
 
 
@@ -123,41 +127,34 @@ def normalize_planes(
 ):
     """Items start:stop of the segments of all planes, in the order of memory.
 
-    With running statistics, the table has room for 16 channels, which are worked out as they come:
-    that is cheaper than to have one thread do it for all.
+    With running statistics, the table has room for 16 channels, which are worked out as they come.
     """
-    known = running_mean.size == 0
-    io = forward_io(x, residual, bits, out, values_ahead(pointer(x)))
-    own_table = np.empty((TABLE_ROWS, LANES))
-    channels = channels_of(weight, bias, running_mean, running_var, 0.0, eps, own_table)
+    io = forward_io(x, residual, bits, out, if_needed(values_ahead(pointer(x))))
     across = (L + segment - 1) // segment
     row_bits = (L + LANES - 1) // LANES
-    row = start // across
-    l0 = (start % across) * segment
+    row, l0 = start // across, (start % across) * segment
+    i, end = row * L + l0, (stop // across) * L + (stop % across) * segment
     c = row % C
-    at = LANES
-    affine = affine_of(io.x, channels.table, LANES, 0)
-    ahead = True
-    for _ in range(start, stop):
-        if ahead:
-            if known:
-                affine = affine_of(io.x, pointer(table), C, c)
-            else:
-                if at == LANES or c == 0:
-                    finish_running(io.x, channels, c, lanes_at(c, C), 0)
-                    at = 0
-                affine = affine_of(io.x, channels.table, LANES, at)
-                at += 1
-        l1 = min(L, l0 + segment)
+    if running_mean.size == 0:
         bit = row * row_bits + l0 // LANES
-        normalize_plane(io, row * L + l0, row * L + l1, bit, affine, floor, streaming)
-        l0 = l1
-        ahead = l0 == L
-        if ahead:
-            l0 = 0
-            row += 1
-            c = c + 1 if c + 1 < C else 0
-    return keep_alive(table) + keep_alive(own_table)
+        normalize_run(
+            io, i, end, (row + 1) * L, L, bit, pointer(table), C, c, floor, streaming
+        )
+        return keep_alive(table)
+    own_table = np.empty((TABLE_ROWS, LANES))
+    channels = channels_of(weight, bias, running_mean, running_var, 0.0, eps, own_table)
+    while i < end:
+        lanes = lanes_at(c, C)
+        finish_running(io.x, channels, c, lanes, 0)
+        last = min(end, (row + lanes) * L)
+        bit = row * row_bits + (i - row * L) // LANES
+        normalize_run(
+            io, i, last, (row + 1) * L, L, bit, channels.table, LANES, 0, floor, streaming
+        )
+        i = last
+        row += lanes
+        c = c + lanes if c + lanes < C else 0
+    return keep_alive(own_table)
 
 
 @kernel
@@ -167,30 +164,40 @@ def normalize_columns(
 ):
     """Items start:stop of the grid (block of channels) × (rows), a block's rows in turn."""
     known = running_mean.size == 0
-    io = forward_io(x, residual, bits, out, values_ahead(pointer(x)))
-    own_table = np.empty((TABLE_ROWS, LANES))
+    io = forward_io(x, residual, bits, out, if_needed(values_ahead(pointer(x))))
+    own_table = np.empty((TABLE_ROWS, 0 if known else block))
     channels = channels_of(weight, bias, running_mean, running_var, 0.0, eps, own_table)
     downs = (M + rows - 1) // rows
     space = room(block * L)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + LANES)
     columns = columns_of(pointer(buffer), space)
-    spread_block = -1
+    in_runs = runs_on(io.bits, L)
+    columns_c0 = -1
     for item in range(start, stop):
         c0 = (item // downs) * block
         c1 = min(C, c0 + block)
         m0 = (item % downs) * rows
-        if c0 != spread_block:
-            if known:
-                spread_affine(pointer(table), C, c0, c1 - c0, L, columns, 0)
-            else:
+        m1 = min(M, m0 + rows)
+        if c0 != columns_c0:
+            if not known:
                 for c in range(c0, c1, LANES):
-                    lanes = lanes_at(c, c1)
-                    finish_running(io.x, channels, c, lanes, 0)
-                    spread_affine(channels.table, LANES, 0, lanes, L, columns, (c - c0) * L)
-            spread_block = c0
-        normalize_rows(
-            io, C * L, m0, min(M, m0 + rows), c0 * L, (c1 - c0) * L, columns, floor, streaming
-        )
+                    finish_running(io.x, channels, c, lanes_at(c, c1), c - c0)
+                if not in_runs:
+                    spread_affine(channels.table, block, 0, c1 - c0, L, columns)
+            elif not in_runs:
+                spread_affine(pointer(table), C, c0, c1 - c0, L, columns)
+            columns_c0 = c0
+        k0, width = c0 * L, (c1 - c0) * L
+        if not in_runs:
+            normalize_rows(io, C * L, m0, m1, k0, width, columns, floor, streaming)
+        elif known:
+            normalize_runs(
+                io, C * L, m0, m1, k0, width, L, pointer(table), C, c0, floor, streaming
+            )
+        else:
+            normalize_runs(
+                io, C * L, m0, m1, k0, width, L, channels.table, block, 0, floor, streaming
+            )
     return keep_alive(buffer) + keep_alive(table) + keep_alive(own_table)
 
 
@@ -201,30 +208,28 @@ def forward_planes(
 ):
     """Training, channels start:stop: a group is summed, then normalized while it is in cache."""
     io = forward_io(x, residual, bits, out, elements_ahead)
-    reach = reach_of(io.x, N, C, L)
     channels = channels_of(weight, bias, running_mean, running_var, momentum, eps, table)
     numbers = np.empty(chunks * FORWARD_FIELDS * LANES)
     partials = Partials(pointer(numbers), FORWARD_FIELDS, LANES, chunks)
+    work = np.empty(PLANE_WORK + LANES)
     row_bits = (L + LANES - 1) // LANES
     for c0 in range(start, stop, group):
         c1 = min(stop, c0 + group)
-        for c in range(c0, c1):
-            shift = first_value(io.x, c * L)
-            k, n0, l0 = 0, 0, 0
-            for _ in range(chunks):
-                plane_chunk(
-                    io.x, C, L, c, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment), shift,
-                    reach, partials, c - c0,
-                )
-                _, k, n0, l0 = next_chunk(c, k, n0, l0, chunks, rows, L, segment)
+        reach = reach_of(io.x, N, C * L, (c1 - c0) * L)
+        for k in range(chunks):
+            n0, l0 = chunk_of(k, rows, L, segment)
+            plane_chunk(
+                io.x, C, L, c0, c1, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment), reach,
+                aligned(pointer(work)), partials, 0,
+            )
         finish_training(io.x, partials, channels, 0, c0, c1 - c0)
-        for c in range(c0, c1):
-            affine = affine_of(io.x, channels.table, C, c)
-            for row in range((N - 1) * C + c, -1, -C):  # what was summed last is still in cache
-                normalize_plane(
-                    io, row * L, (row + 1) * L, row * row_bits, affine, floor, streaming
-                )
-    return keep_alive(numbers)
+        for n in range(N - 1, -1, -1):  # what was summed last is still in cache
+            row = n * C + c0
+            normalize_run(
+                io, row * L, (row + c1 - c0) * L, (row + 1) * L, L, row * row_bits,
+                channels.table, C, c0, floor, streaming,
+            )
+    return keep_alive(numbers) + keep_alive(work)
 
 
 @kernel
@@ -233,10 +238,10 @@ def forward_columns(
     momentum, eps, table, floor, streaming, start, stop,
 ):
     """Training, blocks of channels start:stop, each summed, then normalized while in cache."""
-    io = forward_io(x, residual, bits, out, block * L)
+    io = forward_io(x, residual, bits, out, if_needed(block * L))
     channels = channels_of(weight, bias, running_mean, running_var, momentum, eps, table)
     space = room(block * L)
-    work = np.empty(4 * space + LANES)
+    work = np.empty(6 * space + LANES)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + LANES)
     columns = columns_of(pointer(buffer), space)
     numbers = np.empty(chunks * FORWARD_FIELDS * block)
@@ -251,6 +256,12 @@ def forward_columns(
             )
         for c in range(c0, c1, LANES):
             finish_training(io.x, partials, channels, c - c0, c, lanes_at(c, c1))
-        spread_affine(channels.table, C, c0, c1 - c0, L, columns, 0)
-        normalize_rows(io, C * L, 0, M, c0 * L, (c1 - c0) * L, columns, floor, streaming)
+        k0, width = c0 * L, (c1 - c0) * L
+        if runs_on(io.bits, L):
+            normalize_runs(
+                io, C * L, 0, M, k0, width, L, channels.table, C, c0, floor, streaming
+            )
+        else:
+            spread_affine(channels.table, C, c0, c1 - c0, L, columns)
+            normalize_rows(io, C * L, 0, M, k0, width, columns, floor, streaming)
     return keep_alive(work) + keep_alive(buffer) + keep_alive(numbers)

@@ -21,7 +21,7 @@ from numbabn.cpu import schedule, serial
 from numbabn.cpu.channels import BACKWARD_FIELDS, SLOPE_ROWS, TABLE_ROWS
 from numbabn.cpu.memory import address
 from numbabn.cpu.options import inline, kernel
-from numbabn.layout import SHORT_PLANE, SMALL_EVAL, View
+from numbabn.layout import SHORT_PLANE, SHORTEST_PLANE, SMALL_EVAL, View
 
 
 @inline
@@ -113,7 +113,7 @@ def _eval_small_overload(
         if not all_apart(out, x, True, weight, bias, running_mean, running_var):
             return False
         table = np.empty((0, 0))
-        if L == 1 or (N > 1 and L < SHORT_PLANE):
+        if L < SHORTEST_PLANE or (N > 1 and L < SHORT_PLANE):
             block = max(16, schedule.COLUMNS // L // 16 * 16)
             serial.normalize_columns(
                 x, None, None, out, *(N, C, L, N, block), weight, bias, running_mean, running_var,
@@ -219,7 +219,7 @@ def backward_planes(grad_output, x, out, same, training, table, sums, relu, size
     """The backward pass, if `out` lies apart from the rest; returns whether it does."""
     if not (apart_or_same(out, grad_output, same) and apart_or_same(out, x, False)):
         return False
-    N, C, L, rows, segment, chunks, _, _ = sizes
+    N, C, L, rows, segment, chunks, group, _ = sizes
     slopes = np.empty((SLOPE_ROWS, C))
     if training:
         serial.backward_planes(
@@ -228,8 +228,8 @@ def backward_planes(grad_output, x, out, same, training, table, sums, relu, size
     else:
         partials = np.empty((chunks, BACKWARD_FIELDS, C))
         serial.backward_sums_planes(
-            grad_output, x, None, out, None, *(N, C, L, rows, segment), table, partials,
-            relu, False, 0, C * chunks,
+            grad_output, x, None, out, None, *(N, C, L, rows, segment, group), table, partials,
+            relu, False, 0, (C + group - 1) // group * chunks,
         )  # fmt: skip
         serial.finish_sums(x, partials, table, sums, slopes)
     return True

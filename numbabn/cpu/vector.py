@@ -71,6 +71,12 @@ def splat(builder: Any, scalar: Any, kind: ir.VectorType) -> Any:
     return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), zeros)
 
 
+def first_lanes(builder: Any, count: Any) -> Any:
+    """Mask that is true in the first `count` lanes, 0 <= count <= 16."""
+    bits = builder.sub(builder.shl(I64(1), count), I64(1))
+    return builder.bitcast(builder.trunc(bits, I16), ir.VectorType(I1, LANES))
+
+
 def call(builder: Any, name: str, result: Any, args: list[Any]) -> Any:
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(result, [a.type for a in args]), name
@@ -256,6 +262,16 @@ def keep(typingctx: Any, value: Any, bits: Any) -> Any:
         return builder.select(mask, args[0], ir.Constant(args[0].type, None))
 
     return value(value, types.uint16), codegen
+
+
+@intrinsic
+def blend(typingctx: Any, count: Any, first: Any, rest: Any) -> Any:
+    """The first `count` lanes of `first`, and the other lanes of `rest`; 0 <= count <= 16."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(first_lanes(builder, args[0]), args[1], args[2])
+
+    return first(types.int64, first, first), codegen
 
 
 @intrinsic
