@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["is_quick", "leave_out"]
+__all__ = ["DTYPES", "is_quick", "leave_out"]
 
 # A convolution's shape within L2, and a dense layer.
 SHAPES = ("32x256x14x14", "65536x64")
