@@ -70,6 +70,12 @@ def partial_of(partials, k, field):
 
 
 @inline
+def count_of(partials, k, c):
+    """How many values of each channel chunk k has; those of channel c, as they are all the same."""
+    return partial_of(partials, k, COUNT)[c]
+
+
+@inline
 def partial_at(partials, k, field, c, count):
     """`count` channels' numbers, the first being c; 1 in the other lanes."""
     return load_upto(partial_of(partials, k, field), c, count, splat64(1.0))
@@ -143,7 +149,7 @@ def finite(correction):
 
 @function
 def merge_chunks(x, partials, c, lanes):
-    """Count, center, sum of ``x - center``, and m2 of `lanes` channels, from their chunks in order.
+    """Count, and lanes: center, sum of ``x - center`` and m2 of channels, from chunks in order.
 
     The pooled form of Chan, Golub & LeVeque (1979): first the common mean, then
     ``m2 = sum(m2_k + n_k * (mean_k - mean)**2)``, whose terms are all positive.
@@ -151,35 +157,35 @@ def merge_chunks(x, partials, c, lanes):
     center = partial_at(partials, 0, CENTER, c, lanes)
     if partials.chunks == 1:
         return (
-            partial_at(partials, 0, COUNT, c, lanes),
+            count_of(partials, 0, c),
             center,
             partial_at(partials, 0, SUM, c, lanes),
             partial_at(partials, 0, M2, c, lanes),
         )
     zero = splat64(0.0)
-    count, total, m2 = zero, zero, zero
+    count, total, m2 = 0.0, zero, zero
     if not is_double(x):  # all have one center, and float64 has precision to spare
         for k in range(partials.chunks):
-            count = count + partial_at(partials, k, COUNT, c, lanes)
+            count += count_of(partials, k, c)
             total = total + partial_at(partials, k, SUM, c, lanes)
-        mean = total / count
+        minus_mean = total * splat64(-1.0 / count)
         for k in range(partials.chunks):
-            n = partial_of(partials, k, COUNT)[c]  # the same for all channels
-            apart = fma(partial_at(partials, k, SUM, c, lanes), splat64(1.0 / n), zero - mean)
+            n = count_of(partials, k, c)
+            apart = fma(partial_at(partials, k, SUM, c, lanes), splat64(1.0 / n), minus_mean)
             m2 = m2 + fma(splat64(n) * apart, apart, partial_at(partials, k, M2, c, lanes))
         return count, center, total, m2
     lost = zero
     for k in range(partials.chunks):
-        n = partial_at(partials, k, COUNT, c, lanes)
-        count = count + n
-        apart = (partial_at(partials, k, CENTER, c, lanes) - center) * n
+        n = count_of(partials, k, c)
+        count += n
+        apart = (partial_at(partials, k, CENTER, c, lanes) - center) * splat64(n)
         total, lost = add_compensated(total, lost, apart)
         total, lost = add_compensated(total, lost, partial_at(partials, k, SUM, c, lanes))
     total = close_sum(total, lost)
-    mean = total / count
+    mean = total / splat64(count)
     lost = zero
     for k in range(partials.chunks):
-        n = partial_at(partials, k, COUNT, c, lanes)
+        n = splat64(count_of(partials, k, c))
         apart = partial_at(partials, k, CENTER, c, lanes) - center
         apart = apart + partial_at(partials, k, SUM, c, lanes) / n - mean
         m2, lost = add_compensated(
@@ -249,17 +255,17 @@ def finish_training(x, partials, channels, first, c, lanes):
     Updates their running statistics, and fills their columns of the table.
     """
     count, center, total, m2 = merge_chunks(x, partials, first, lanes)
-    # Divisions and roots are most of what is done here, and the count is the same in all lanes.
-    per_value = splat64(1.0) / count
+    # Divisions and roots are most of what is done here.
+    per_value = splat64(1.0 / count)
     mean = fma(total, per_value, center)
     if channels.has_mean:
         update(channels.running_mean, c, lanes, channels.momentum, mean)
     if channels.has_var:
-        update(channels.running_var, c, lanes, channels.momentum, m2 / (count - splat64(1.0)))
+        update(channels.running_var, c, lanes, channels.momentum, m2 * splat64(1.0 / (count - 1.0)))
     invstd = inverse_root(fma(m2, per_value, splat64(channels.eps)))
     rounded, _ = round_mean(x, mean)
     # sum(x - rounded), so that nothing underflows even if all of x is subnormal.
-    left = total - (rounded - center) * count
+    left = total - (rounded - center) * splat64(count)
     fill_columns(x, channels, c, lanes, c, rounded, finite(left * invstd * per_value), invstd)
 
 
@@ -272,9 +278,9 @@ def finish_backward(x, partials, C, first, c, lanes, table, sums, slopes):
     ``dx = a * (dy - mean(dy) - x̂ * mean(dy * x̂))``.
     """
     zero = splat64(0.0)
-    count, sum_dy, sum_dy_xhat, lost_dy, lost_dy_xhat = zero, zero, zero, zero, zero
+    count, sum_dy, sum_dy_xhat, lost_dy, lost_dy_xhat = 0.0, zero, zero, zero, zero
     for k in range(partials.chunks):
-        count = count + partial_at(partials, k, COUNT, first, lanes)
+        count += count_of(partials, k, first)
         chunk_dy = partial_at(partials, k, SUM_DY, first, lanes)
         chunk_dy_xhat = partial_at(partials, k, SUM_DY_XHAT, first, lanes)
         if is_double(x):
@@ -290,7 +296,9 @@ def finish_backward(x, partials, C, first, c, lanes, table, sums, slopes):
     sum_dy_xhat = sum_dy_xhat - finite(rest * sum_dy)
     write(sums, c, lanes, sum_dy)
     write(sums, C + c, lanes, sum_dy_xhat)
-    fill_slopes(x, C, c, lanes, sum_dy / count, sum_dy_xhat / count, table, slopes)
+    per_value = splat64(1.0 / count)
+    mean_dy, mean_dy_xhat = sum_dy * per_value, sum_dy_xhat * per_value
+    fill_slopes(x, C, c, lanes, mean_dy, mean_dy_xhat, table, slopes)
 
 
 @inline

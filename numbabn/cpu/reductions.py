@@ -32,10 +32,13 @@ from numbabn.cpu.vector import (
     clip_below,
     fma,
     is_double,
+    keep,
     narrow_like,
+    positive_bits,
     splat64,
     splat_like,
     sum_lanes,
+    where_finite,
     widen,
 )
 
@@ -152,20 +155,39 @@ def plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work, wide):
 
 # Squares of float32 numbers lose digits below this, as their mean.
 SMALLEST_SQUARE = 1e-30
-# Scratch for 16 channels: lanes of two sums each, and their centers.
-PLANE_WORK = 2 * LANES * LANES + 2 * LANES
+# Scratch for 16 channels: lanes of two sums each, then their centers and the two sums.
+PLANE_WORK = 2 * LANES * LANES + 3 * LANES
 # The most by which the mean of the squares may exceed the variance: it multiplies rounding errors.
 MOST_CANCELLED = 16.0
 
 
 @inline
-def is_exact(count, squares, m2):
-    """Whether the sum of squares was within float32's range, and m2 is what is left of it.
+def exact_lanes(count, total, squares):
+    """A bit per lane: the squares stayed in float32's range, and m2 is what is left of their sum.
 
-    So also where one of them is NaN, for then it would be again.
+    So also where a value is NaN: it would be again.
     """
-    lost = squares <= SMALLEST_SQUARE * count or squares == np.inf
-    return not (lost or MOST_CANCELLED * m2 < squares)
+    m2 = squares - total * total * splat64(1.0 / count)
+    enough = positive_bits(squares - splat64(SMALLEST_SQUARE * count))
+    not_too_much = positive_bits(splat64(1e300) - squares)
+    return enough & not_too_much & positive_bits(m2 * splat64(MOST_CANCELLED) - squares)
+
+
+@inline
+def all_lanes(bits, lanes):
+    """Whether the first `lanes` of the bits are all set."""
+    first = (np.int64(1) << np.int64(lanes)) - 1
+    return (np.int64(bits) & first) == first
+
+
+@inline
+def put_chunk(count, center, total, squares, partials, k, at, lanes):
+    """Store what a chunk of `lanes` channels summed to."""
+    m2 = squares - total * total * splat64(1.0 / count)
+    put(partial_of(partials, k, COUNT), at, lanes, splat64(count), False)
+    put(partial_of(partials, k, CENTER), at, lanes, center, False)
+    put(partial_of(partials, k, SUM), at, lanes, total, False)
+    put(partial_of(partials, k, M2), at, lanes, clip_below(m2, splat64(0.0)), False)
 
 
 @function
@@ -185,20 +207,19 @@ def plane_chunk(x, C, L, c0, c1, k, n0, n1, l0, l1, reach, work, partials, at):
             if np.isfinite(total):
                 centers[j] += total / count
         plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work, None)
-    per_value = 1.0 / count
-    for j in range(c1 - c0):
-        total = sum_lanes(load(work, j * 2 * LANES))
-        squares = sum_lanes(load(work, (2 * j + 1) * LANES))
-        m2 = squares - total * total * per_value
-        if not (is_double(x) or is_exact(count, squares, m2)):
-            c, lanes, own = c0 + j, offset(work, j * 2 * LANES), offset(centers, j)
-            plane_sums(x, C, L, c, c + 1, n0, n1, l0, l1, own, reach, lanes, True)
-            total, squares = sum_lanes(load(lanes, 0)), sum_lanes(load(lanes, LANES))
-            m2 = squares - total * total * per_value
-        partial_of(partials, k, COUNT)[at + j] = count
-        partial_of(partials, k, CENTER)[at + j] = centers[j]
-        partial_of(partials, k, SUM)[at + j] = total
-        partial_of(partials, k, M2)[at + j] = 0.0 if m2 < 0.0 else m2
+    lanes, totals, squares = c1 - c0, offset(centers, LANES), offset(centers, 2 * LANES)
+    for j in range(lanes):
+        totals[j] = sum_lanes(load(work, j * 2 * LANES))
+        squares[j] = sum_lanes(load(work, (2 * j + 1) * LANES))
+    exact = exact_lanes(count, load(totals, 0), load(squares, 0))
+    if not (is_double(x) or all_lanes(exact, lanes)):
+        for j in range(lanes):
+            if not (exact >> np.uint16(j)) & np.uint16(1):
+                c, own = c0 + j, offset(centers, j)
+                plane_sums(x, C, L, c, c + 1, n0, n1, l0, l1, own, reach, work, True)
+                totals[j] = sum_lanes(load(work, 0))
+                squares[j] = sum_lanes(load(work, LANES))
+    put_chunk(count, load(centers, 0), load(totals, 0), load(squares, 0), partials, k, at, lanes)
 
 
 # --- columns --------------------------------------------------------------------------------
@@ -310,22 +331,35 @@ def fold_all(sums, channels, L):
 
 
 @inline
+def take_centers(x, C, L, c0, c1, centers):
+    """The first value of each of channels c0:c1, or 0: see `first_value`."""
+    if L == 1:
+        for c in range(0, c1 - c0, LANES):
+            first = widen(load_upto(x, c0 + c, c1 - c0 - c, splat_like(x, 0.0)))
+            store(centers, c, where_finite(first, first, splat64(0.0)))
+    else:
+        for c in range(c1 - c0):
+            centers[c] = first_value(x, (c0 + c) * L)
+
+
+@inline
 def all_exact(count, sums, squares, channels):
-    """Whether no channel's sums, which are folded, have lost digits; see `is_exact`."""
+    """Whether no channel's sums, which are folded, have lost digits."""
     exact = True
-    for c in range(channels):
-        m2 = squares[c] - sums[c] * sums[c] / count
-        exact &= is_exact(count, squares[c], m2)
+    for c in range(0, channels, LANES):
+        bits = exact_lanes(count, load(sums, c), load(squares, c))
+        exact &= all_lanes(bits, lanes_at(c, channels))
     return exact
 
 
 @inline
 def replace_inexact(count, sums, squares, exact_sums, exact_squares, channels):
     """Take the other sums of the channels that need it: the rest depends on no other channel."""
-    for c in range(channels):
-        m2 = squares[c] - sums[c] * sums[c] / count
-        if not is_exact(count, squares[c], m2):
-            sums[c], squares[c] = exact_sums[c], exact_squares[c]
+    for c in range(0, channels, LANES):
+        bits = exact_lanes(count, load(sums, c), load(squares, c))
+        rest = ~bits
+        store(sums, c, keep(load(sums, c), bits) + keep(load(exact_sums, c), rest))
+        store(squares, c, keep(load(squares, c), bits) + keep(load(exact_squares, c), rest))
 
 
 @function
@@ -339,8 +373,7 @@ def column_chunk(x, C, L, k, m0, m1, c0, c1, work, space, partials, at):
     shifts, sums = work, offset(work, space)
     squares, centers = offset(work, 2 * space), offset(work, 3 * space)
     count = np.float64((m1 - m0) * L)
-    for c in range(c1 - c0):
-        centers[c] = first_value(x, (c0 + c) * L)
+    take_centers(x, C, L, c0, c1, centers)
     spread(centers, c1 - c0, L, shifts)
     column_sums(x, K, m0, m1, c0 * L, width, shifts, sums, squares, None)
     if is_double(x):
@@ -359,9 +392,6 @@ def column_chunk(x, C, L, k, m0, m1, c0, c1, work, space, partials, at):
         replace_inexact(count, sums, squares, exact_sums, exact_squares, c1 - c0)
     for c in range(0, c1 - c0, LANES):
         lanes = lanes_at(c, c1 - c0)
-        total = load(sums, c)
-        m2 = load(squares, c) - total * total / splat64(count)
-        put(partial_of(partials, k, COUNT), at + c, lanes, splat64(count), False)
-        put(partial_of(partials, k, CENTER), at + c, lanes, load(centers, c), False)
-        put(partial_of(partials, k, SUM), at + c, lanes, total, False)
-        put(partial_of(partials, k, M2), at + c, lanes, clip_below(m2, splat64(0.0)), False)
+        put_chunk(
+            count, load(centers, c), load(sums, c), load(squares, c), partials, k, at + c, lanes
+        )

@@ -12,16 +12,22 @@ from numbabn.cpu.channels import (
     read,
 )
 from numbabn.cpu.chunks import chunk_of, keep_alive, partials_of, room
-from numbabn.cpu.gradients import (
-    Backward,
+from numbabn.cpu.gradient_columns import (
     column_elements,
     column_grad_chunk,
-    gradient_run,
     gradient_runs,
-    plane_grad_chunk,
     spread_slopes,
 )
-from numbabn.cpu.memory import aligned, empty_like_computed, offset, pointer, values_ahead
+from numbabn.cpu.gradient_planes import gradient_run, plane_grad_chunk
+from numbabn.cpu.gradients import Backward
+from numbabn.cpu.memory import (
+    aligned,
+    empty_like_computed,
+    if_needed,
+    offset,
+    pointer,
+    values_ahead,
+)
 from numbabn.cpu.normalization import COLUMN_ROWS, columns_of, runs_on, spread_affine
 from numbabn.cpu.options import inline, kernel
 from numbabn.cpu.reductions import PLANE_WORK, reach_of
@@ -120,7 +126,8 @@ def backward_elements_planes(
     streaming, start, stop,
 ):
     """Training, given the sums: items start:stop of the segments of all planes."""
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual, values_ahead(pointer(x)))
+    ahead = if_needed(values_ahead(pointer(x)))
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, ahead)
     across = (L + segment - 1) // segment
     row_bits = (L + LANES - 1) // LANES
     row, l0 = start // across, (start % across) * segment
@@ -137,7 +144,8 @@ def backward_elements_columns(
     streaming, start, stop,
 ):
     """Training, given the sums: items start:stop of the grid (block of channels) × (rows)."""
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual, values_ahead(pointer(x)))
+    ahead = if_needed(values_ahead(pointer(x)))
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, ahead)
     downs = (M + rows - 1) // rows
     space = room(block * L)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + LANES)
@@ -203,7 +211,7 @@ def backward_columns(
     slopes, relu, streaming, start, stop,
 ):
     """Training, blocks of channels start:stop, summed, then differentiated while in cache."""
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual, block * L)
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, if_needed(block * L))
     reading = Backward(io.grad_output, io.x, io.bits, None, None, None)
     space = room(block * L)
     work = np.empty(2 * space + LANES)

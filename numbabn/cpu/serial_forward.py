@@ -16,7 +16,7 @@ from numbabn.cpu.channels import (
     write,
 )
 from numbabn.cpu.chunks import chunk_of, keep_alive, partials_of, room
-from numbabn.cpu.memory import aligned, empty_like_computed, pointer, values_ahead
+from numbabn.cpu.memory import aligned, empty_like_computed, if_needed, pointer, values_ahead
 from numbabn.cpu.normalization import (
     COLUMN_ROWS,
     Forward,
@@ -29,7 +29,7 @@ from numbabn.cpu.normalization import (
 )
 from numbabn.cpu.options import inline, kernel
 from numbabn.cpu.reductions import PLANE_WORK, column_chunk, plane_chunk, reach_of
-from numbabn.cpu.vector import LANES
+from numbabn.cpu.vector import LANES, splat64
 
 # fmt: off
 # The long lists of arguments below are easier to compare when they are set like text.
@@ -93,7 +93,7 @@ def merge_stats(x, numbers, mean, m2):
     for c in range(0, mean.size, LANES):
         lanes = lanes_at(c, mean.size)
         count, center, total, squares = merge_chunks(pointer(x), partials, c, lanes)
-        write(pointer(mean), c, lanes, center + total / count)
+        write(pointer(mean), c, lanes, center + total / splat64(count))
         write(pointer(m2), c, lanes, squares)
 
 
@@ -129,7 +129,7 @@ def normalize_planes(
 
     With running statistics, the table has room for 16 channels, which are worked out as they come.
     """
-    io = forward_io(x, residual, bits, out, values_ahead(pointer(x)))
+    io = forward_io(x, residual, bits, out, if_needed(values_ahead(pointer(x))))
     across = (L + segment - 1) // segment
     row_bits = (L + LANES - 1) // LANES
     row, l0 = start // across, (start % across) * segment
@@ -164,7 +164,7 @@ def normalize_columns(
 ):
     """Items start:stop of the grid (block of channels) × (rows), a block's rows in turn."""
     known = running_mean.size == 0
-    io = forward_io(x, residual, bits, out, values_ahead(pointer(x)))
+    io = forward_io(x, residual, bits, out, if_needed(values_ahead(pointer(x))))
     own_table = np.empty((TABLE_ROWS, 0 if known else block))
     channels = channels_of(weight, bias, running_mean, running_var, 0.0, eps, own_table)
     downs = (M + rows - 1) // rows
@@ -238,7 +238,7 @@ def forward_columns(
     momentum, eps, table, floor, streaming, start, stop,
 ):
     """Training, blocks of channels start:stop, each summed, then normalized while in cache."""
-    io = forward_io(x, residual, bits, out, block * L)
+    io = forward_io(x, residual, bits, out, if_needed(block * L))
     channels = channels_of(weight, bias, running_mean, running_var, momentum, eps, table)
     space = room(block * L)
     work = np.empty(6 * space + LANES)
