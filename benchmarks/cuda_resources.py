@@ -4,26 +4,32 @@
     python -m benchmarks.cuda_resources --dtypes float32 --archs 90
 
 Every kernel is compiled for each architecture; ``ptxas`` says what registers, shared memory and
-spills it takes, from which follow the threads that a multiprocessor can hold. The loads of its
-bulk loops, counted in the PTX, say how many bytes are on their way at once. Traffic is counted by
-the interpreter of PTX in the tests, on batches cut down to what it can run in seconds.
+spills it takes, from which follow the threads that a multiprocessor can hold. How many bytes are on
+their way at once is read from the machine code (see `cuda_loads`). Traffic is counted by the
+interpreter of PTX in the tests, on batches cut down to what it can run in seconds.
+
+``ptxas`` and ``nvdisasm`` come with ``pip install nvidia-cuda-nvcc nvidia-cuda-nvdisasm``.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import cuda_loads
 from numbabn import layout
 
 ARCHITECTURES = ((7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0))
@@ -56,6 +62,7 @@ class Usage(NamedTuple):
     registers: int
     shared: int
     spilled: int  # bytes of spill stores, spill loads, and stack
+    in_flight: int  # bytes that a thread has asked for at once
 
 
 class Entry(NamedTuple):
@@ -64,64 +71,94 @@ class Entry(NamedTuple):
     make: Any
     block: int
     bounds: tuple[int, int]
-    loads: int  # slots of 16 bytes that a thread asks for before it needs the first
 
 
 @cache
 def entries() -> tuple[Entry, ...]:
     """The kernels. Imported here: asv imports this module, and its environments lack numba-cuda."""
-    from numbabn.cuda import channels, fused, gradients, normalization, reductions
-    from numbabn.cuda.options import BACKWARD_SLOTS, FORWARD_SLOTS, FUSED_THREADS, THREADS
+    from numbabn.cuda import (
+        channels,
+        fused,
+        fused_columns,
+        gradient_sums,
+        gradients,
+        normalization,
+        reductions,
+    )
+    from numbabn.cuda.options import FUSED_THREADS, THREADS
 
-    bounds, fused_bounds = (THREADS, 4), (FUSED_THREADS, 1)
+    families = (
+        normalization.normalize_planes, normalization.normalize_columns,
+        reductions.stats_planes, reductions.stats_columns,
+        gradient_sums.backward_sums_planes, gradient_sums.backward_sums_columns,
+        gradients.backward_elements_planes, gradients.backward_elements_columns,
+    )  # fmt: skip
+    whole = (
+        fused.forward_planes, fused.backward_planes,
+        fused_columns.forward_columns, fused_columns.backward_columns,
+    )  # fmt: skip
+    once = (
+        channels.finish_stats, channels.finish_sums, channels.finish_known,
+        channels.finish_slopes, channels.finish_mean,
+    )  # fmt: skip
+    bounds = (THREADS, 4)
     return (
-        Entry(normalization.normalize_planes, THREADS, bounds, 2),
-        Entry(normalization.normalize_columns, THREADS, bounds, 2),
-        Entry(reductions.stats_planes, THREADS, bounds, 4),
-        Entry(reductions.stats_columns, THREADS, bounds, 2),
-        Entry(gradients.backward_sums_planes, THREADS, bounds, 4),
-        Entry(gradients.backward_sums_columns, THREADS, bounds, 2),
-        Entry(gradients.backward_elements_planes, THREADS, bounds, 4),
-        Entry(gradients.backward_elements_columns, THREADS, bounds, 2),
-        Entry(fused.forward_planes, FUSED_THREADS, fused_bounds, FORWARD_SLOTS),
-        Entry(fused.backward_planes, FUSED_THREADS, fused_bounds, 2 * BACKWARD_SLOTS),
-        Entry(channels.finish_stats, 128, bounds, 0),
-        Entry(channels.finish_sums, 128, bounds, 0),
-        Entry(channels.finish_known, 128, bounds, 0),
-        Entry(channels.finish_slopes, 128, bounds, 0),
-        Entry(channels.finish_mean, 128, bounds, 0),
+        *(Entry(make, THREADS, bounds) for make in families),
+        *(Entry(make, FUSED_THREADS, (FUSED_THREADS, 1)) for make in whole),
+        *(Entry(make, 128, bounds) for make in once),
     )
 
 
-def ptxas() -> str:
-    """The ptxas of the compiler's own wheel, or one on the path."""
-    import importlib.util
-
+@cache
+def find(name: str) -> str | None:
+    """A program of the CUDA toolkit: from a wheel beside the compiler's, or on the path."""
     spec = importlib.util.find_spec("nvidia")
     for folder in spec.submodule_search_locations or () if spec else ():
-        found = sorted(Path(folder).glob("**/bin/ptxas"))
+        found = sorted(Path(folder).glob(f"**/bin/{name}"))
         if found:
             return str(found[-1])
-    found_on_path = shutil.which("ptxas")
-    if found_on_path is None:
-        raise SystemExit("ptxas: not found; pip install nvidia-cuda-nvcc")
-    return found_on_path
+    return shutil.which(name)
 
 
-def usage(ptx: str, cc: tuple[int, int]) -> Usage:
-    """What the kernel takes on an architecture."""
+def tool(name: str) -> str:
+    """The same, or an error that says what to install."""
+    found = find(name)
+    if found is None:
+        raise SystemExit(f"{name}: not found; pip install nvidia-cuda-nvcc nvidia-cuda-nvdisasm")
+    return found
+
+
+def assemble(ptx: str, cc: tuple[int, int]) -> tuple[str, str]:
+    """What ptxas says of a kernel, and its machine code as text."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
+        source, result = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
-        command = [ptxas(), "-v", f"-arch=sm_{cc[0]}{cc[1]}", str(source), "-o", f"{folder}/out"]
+        command = [tool("ptxas"), "-v", f"-arch=sm_{cc[0]}{cc[1]}", str(source), "-o", str(result)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
+        command = [tool("nvdisasm"), "-c", str(result)]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return done.stderr, code
+
+
+# Without these a call has the fewest loads: their kernels ask for more when they are given.
+OPTIONS = ("residual", "bits", "grad_residual")
+
+
+def usage(ptx: str, cc: tuple[int, int], parameters: tuple[str, ...] = ()) -> Usage:
+    """What a kernel takes on an architecture; `parameters` are the names of its arguments."""
+    said, code = assemble(ptx, cc)
+    in_flight = cuda_loads.in_flight(code)
+    if in_flight and set(OPTIONS) & set(parameters):
+        _, plain = assemble(cuda_loads.without(ptx, parameters, OPTIONS), cc)
+        in_flight = min(in_flight, cuda_loads.in_flight(plain))
 
     def number(pattern: str) -> int:
-        found = re.search(pattern, done.stderr)
+        found = re.search(pattern, said)
         return int(found[1]) if found else 0
 
-    spilled = sum(map(int, re.findall(r"(\d+) bytes (?:stack|spill)", done.stderr)))
-    return Usage(number(r"Used (\d+) registers"), number(r"(\d+) bytes smem"), spilled)
+    spilled = sum(map(int, re.findall(r"(\d+) bytes (?:stack|spill)", said)))
+    spilled += len(re.findall(r"__local_depot", ptx))
+    return Usage(number(r"Used (\d+) registers"), number(r"(\d+) bytes smem"), spilled, in_flight)
 
 
 def resident_threads(used: Usage, block: int, cc: tuple[int, int]) -> int:
@@ -150,40 +187,47 @@ class Row(NamedTuple):
     in_flight: int
 
 
-def rows(
-    archs: Iterable[tuple[int, int]], dtypes: Iterable[str], wide: bool, named: str
-) -> list[Row]:
-    """The worst of the dtypes, for every kernel and architecture."""
+Variant = tuple[str, bool, bool]  # dtype, whether aligned, whether indices have 64 bits
+
+
+def row(number: int, cc: tuple[int, int], variants: tuple[Variant, ...]) -> Row:
+    """The worst of a kernel's variants on an architecture."""
     from numbabn.cuda import launch
 
-    table = []
-    for entry in (entry for entry in entries() if named in entry.make.__name__):
-        for cc in archs:
-            used = []
-            for dtype in dtypes:
-                storage = DTYPES.index(dtype)
-                variant = launch.kernel(entry.make, storage, True, wide, entry.bounds)
-                used.append(usage(variant.ptx(cc), cc))
-            threads = min(resident_threads(one, entry.block, cc) for one in used)
-            row = Row(
-                entry.make.__name__, cc, max(u.registers for u in used),
-                max(u.shared for u in used), max(u.spilled for u in used),
-                threads / LIMITS[cc].threads, threads * 16 * entry.loads,
-            )  # fmt: skip
-            table.append(row)
-            print(".", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return table
+    entry = entries()[number]
+    used, flights = [], []
+    for dtype, aligned, wide in variants:
+        kernel = launch.kernel(entry.make, DTYPES.index(dtype), aligned, wide, entry.bounds)
+        one = usage(kernel.ptx(cc), cc, tuple(kernel.py_func.__annotations__))
+        used.append(one)
+        if aligned:
+            flights.append(resident_threads(one, entry.block, cc) * one.in_flight)
+    threads = min(resident_threads(one, entry.block, cc) for one in used)
+    return Row(
+        entry.make.__name__, cc, max(u.registers for u in used), max(u.shared for u in used),
+        max(u.spilled for u in used), threads / LIMITS[cc].threads, min(flights),
+    )  # fmt: skip
 
 
-def print_resources(table: list[Row]) -> None:
+def rows(
+    archs: Iterable[tuple[int, int]], variants: tuple[Variant, ...], named: str, jobs: int
+) -> Iterable[Row]:
+    """`row` for every kernel and architecture."""
+    wanted = [n for n, entry in enumerate(entries()) if named in entry.make.__name__]
+    numbers, places = zip(*product(wanted, archs), strict=True)
+    with ProcessPoolExecutor(jobs) as pool:
+        yield from pool.map(row, numbers, places, [variants] * len(numbers))
+
+
+def print_resources(table: Iterable[Row]) -> None:
     print("| kernel | sm | registers | shared memory | spills | occupancy | in flight |")
     print("|---|---|---|---|---|---|---|")
     for row in table:
         flight = f"{row.in_flight / 1024:.0f} KiB" if row.in_flight else "–"
         print(
             f"| {row.kernel} | {row.cc[0]}{row.cc[1]} | {row.registers} | {row.shared} B "
-            f"| {row.spilled} B | {row.occupancy:.0%} | {flight} |"
+            f"| {row.spilled} B | {row.occupancy:.0%} | {flight} |",
+            flush=True,
         )
 
 
@@ -280,14 +324,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--archs", nargs="*", default=[f"{a}{b}" for a, b in ARCHITECTURES])
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES))
-    parser.add_argument("--wide", action="store_true", help="64-bit indices")
+    parser.add_argument(
+        "--every", action="store_true", help="variants for 64-bit indices and other addresses, too"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--kernels", default="", help="only those with this in their name")
     parser.add_argument("--no-traffic", action="store_true")
     parser.add_argument("--no-resources", action="store_true")
     given = parser.parse_args()
     if not given.no_resources:
         archs = [(int(name[:-1]), int(name[-1])) for name in given.archs]
-        print_resources(rows(archs, given.dtypes, given.wide, given.kernels))
+        also = (True, False) if given.every else (True,)
+        widths = (False, True) if given.every else (False,)
+        variants = tuple(product(given.dtypes, also, widths))
+        print_resources(rows(archs, variants, given.kernels, given.jobs))
     if not given.no_traffic:
         print()
         print_traffic([d for d in given.dtypes if d in ("float32", "float16")])

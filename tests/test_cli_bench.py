@@ -176,6 +176,9 @@ def test_plot(tmp_path, capsys, threads):
         (["--json", "no/such/folder/x.json"], "--json"),
         (["--plot", "no/such/folder/x.png"], "--plot"),
         (["--plot", "found.txt"], ".png"),
+        (["--json", "x" * 300], "--json"),
+        (["--plot", "/proc/x.png"], "--plot"),
+        (["--shape", ",".join(["2"] + 40 * ["1"])], "at most 32 sizes"),
         (["nonsense"], "nonsense"),
     ],
 )

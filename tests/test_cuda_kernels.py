@@ -18,8 +18,9 @@ from numbabn.cuda.arrays import NOTHING
 
 # (view as columns, N, C, L)
 PLANES = [(False, 3, 5, 256), (False, 2, 3, 1021), (False, 1, 2, 9000)]
-COLUMNS = [(True, 70, 24, 1), (True, 9, 7, 49), (True, 33, 3, 1), (True, 5, 4, 130)]
-SHAPES = PLANES + COLUMNS
+COLUMNS = [(True, 70, 20, 1), (True, 9, 7, 49), (True, 33, 3, 1), (True, 5, 4, 130)]
+WHOLE = (True, 70, 48, 1)  # columns that fit a block
+SHAPES = PLANES + COLUMNS + [WHOLE]
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
@@ -111,7 +112,7 @@ def test_float32(shape, training):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [PLANES[0], PLANES[1], COLUMNS[0], COLUMNS[1]], ids=str)
+@pytest.mark.parametrize("shape", [PLANES[0], PLANES[1], COLUMNS[0], COLUMNS[1], WHOLE], ids=str)
 def test_dtypes_with_relu_and_residual(shape, dtype, training):
     # Values away from the kink, which rounding may rightly push to the other side.
     _, N, C, L = shape
@@ -129,7 +130,7 @@ def test_options(shape, training, relu, residual):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("shape", [PLANES[0], PLANES[1], COLUMNS[1], COLUMNS[2]], ids=str)
+@pytest.mark.parametrize("shape", [PLANES[0], PLANES[1], COLUMNS[1], COLUMNS[2], WHOLE], ids=str)
 def test_64_bit_indices_give_the_same_bits(monkeypatch, shape, dtype, training):
     narrow = Case(shape, dtype, training)
     monkeypatch.setattr(cuda, "WIDE_FROM", 0)
@@ -139,14 +140,14 @@ def test_64_bit_indices_give_the_same_bits(monkeypatch, shape, dtype, training):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [PLANES[0], PLANES[1], COLUMNS[0], COLUMNS[1]], ids=str)
+@pytest.mark.parametrize("shape", [PLANES[0], PLANES[1], COLUMNS[0], COLUMNS[1], WHOLE], ids=str)
 def test_misaligned_arrays_give_the_same_bits(shape, dtype):
     aligned, shifted = Case(shape, dtype), Case(shape, dtype, offset=1)
     assert all("unaligned" in k.name for k, *_ in shifted.device.launches if "finish" not in k.name)
     same_results(aligned, shifted)
 
 
-@pytest.mark.parametrize("shape", [PLANES[0], PLANES[2], COLUMNS[1]], ids=str)
+@pytest.mark.parametrize("shape", [PLANES[0], PLANES[2], COLUMNS[1], WHOLE], ids=str)
 def test_order_of_blocks_and_warps_does_not_matter(shape):
     cases = [Case(shape, seed=seed) for seed in (0, 1, 2)]
     same_results(cases[0], cases[1])
@@ -171,13 +172,13 @@ def test_the_last_tile_of_columns_may_be_narrow(dtype):
 
 
 def test_launches_of_each_pass():
-    # A channel of (3, 5, 256) fits a block; the others here are shared out.
+    # A channel of (3, 5, 256) fits a block, and so do 70 rows; the others here are shared out.
     counts = {}
-    for shape in (PLANES[0], PLANES[1], COLUMNS[1]):
+    for shape in (PLANES[0], PLANES[1], COLUMNS[1], WHOLE):
         for training in (True, False):
             case = Case(shape, training=training)
             counts[shape, training] = case.forward_launches, case.backward_launches
-    assert counts[PLANES[0], True] == (1, 1)
+    assert counts[PLANES[0], True] == counts[WHOLE, True] == (1, 1)
     assert counts[PLANES[1], True] == counts[COLUMNS[1], True] == (3, 3)
     assert all(n == (1, 2) for (_, training), n in counts.items() if not training)
 
@@ -193,7 +194,7 @@ def test_channels_of_any_dtype(parameters):
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("shape", [PLANES[0], PLANES[1], COLUMNS[0]], ids=str)
+@pytest.mark.parametrize("shape", [PLANES[0], PLANES[1], COLUMNS[0], WHOLE], ids=str)
 def test_infinity_and_nan_stay_in_their_channel(shape, dtype, value):
     _, N, C, L = shape
     x = np.random.default_rng(3).standard_normal((N, C, L))
@@ -213,7 +214,7 @@ def test_infinity_and_nan_stay_in_their_channel(shape, dtype, value):
 
 
 @pytest.mark.parametrize("scale", [1e18, 1e-25])
-@pytest.mark.parametrize("shape", [PLANES[0], PLANES[1], COLUMNS[0]], ids=str)
+@pytest.mark.parametrize("shape", [PLANES[0], PLANES[1], COLUMNS[0], WHOLE], ids=str)
 def test_squares_outside_of_the_range_of_float32(shape, scale):
     _, N, C, L = shape
     x = scale * np.random.default_rng(4).standard_normal((N, C, L))
@@ -263,3 +264,23 @@ def test_grids_fill_the_device(itemsize):
             how = plans.plan(layout.View(columns, N, C, L, None), itemsize)
             for grid in (how.element_grid, how.chunk_grid):
                 assert np.prod(grid) >= 132, (how, grid)
+
+
+@pytest.mark.parametrize("shape", [(True, 1000, 64, 1), (True, 130, 16, 1), (True, 3, 512, 1)])
+def test_columns_of_all_widths_that_fit_a_block(shape):
+    Case(shape).check()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_whole_slots_and_whole_sectors_only(dtype):
+    # 196 float32 are 49 slots, so half of the rows begin within a sector of 32 bytes.
+    shape = (False, 16, 4, 196) if dtype == "float32" else (False, 16, 4, 392)
+    for training in (True, False):
+        case = Case(shape, dtype, training, parameters="float64")
+        for kernel, *_, report in case.device.launches:
+            if "finish" not in kernel.name:
+                for kind in ("load", "store"):
+                    size = np.dtype(dtype).itemsize
+                    assert report.bytes[kind, size] == 0
+                    sectors = report.sectors[kind, 16]
+                    assert sectors == 0 or report.bytes[kind, 16] >= 0.97 * 32 * sectors

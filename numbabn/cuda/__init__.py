@@ -12,11 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from numbabn.cuda import channels, fused, gradients, launch, normalization, reductions
+from numbabn.cuda import (
+    channels,
+    fused,
+    fused_columns,
+    gradient_sums,
+    gradients,
+    launch,
+    normalization,
+    reductions,
+)
 from numbabn.cuda.arrays import NOTHING, DeviceArray, Queue
 from numbabn.cuda.channels import SLOPE_ROWS as SLOPE_ROWS
 from numbabn.cuda.channels import TABLE_ROWS as TABLE_ROWS
-from numbabn.cuda.options import BACKWARD_SLOTS, FORWARD_SLOTS, FUSED_THREADS, THREADS
+from numbabn.cuda.options import FUSED_THREADS, THREADS
 from numbabn.cuda.plans import Columns, Planes, plan
 from numbabn.cuda.vector import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from numbabn.layout import View
@@ -154,15 +163,17 @@ def forward_train(
     table = queue.empty(TABLE_ROWS * view.C)
     given = (weight, bias, running_mean, running_var)
     how = plan(view, x.itemsize)
-    threads = how.fused(FORWARD_SLOTS)
-    if isinstance(how, Planes) and threads:
-        variant = _variant(fused.forward_planes, x, residual, out, bounds=(FUSED_THREADS, 1))
+    block = how.fused(backward=False)
+    if block:
+        planes = isinstance(how, Planes)
+        make = fused.forward_planes if planes else fused_columns.forward_columns
+        variant = _variant(make, x, residual, out, bounds=(FUSED_THREADS, 1))
         arguments = (
-            *map(_address, (x, residual, bits, out)), how.N, how.C, how.slots,
+            *map(_address, (x, residual, bits, out)), *how.fused_sizes,
             *map(_address, given), _kinds(*given), momentum, eps, table.address,
             0.0 if relu else -np.inf,
         )  # fmt: skip
-        launch.launch(variant, (how.C,), (threads,), 0, queue.stream, arguments)
+        launch.launch(variant, how.fused_grid(block), block, 0, queue.stream, arguments)
         return table
     partials, chunks = _batch_stats(x, view, queue)
     _each_channel(
@@ -179,10 +190,10 @@ def _backward_partials(
     table: DeviceArray, relu: bool, queue: Queue,
 ) -> tuple[DeviceArray, int]:  # fmt: skip
     how, family = _family(view, x.itemsize)
-    partials = queue.empty(view.C * how.chunks * 3)
+    partials = queue.empty(view.C * how.chunks * 2)
     arrays = (grad_output, x, bits, grad_input, grad_residual)
     variant = _variant(
-        getattr(gradients, f"backward_sums_{family}"), x, grad_output, grad_input, grad_residual
+        getattr(gradient_sums, f"backward_sums_{family}"), x, grad_output, grad_input, grad_residual
     )
     arguments = (
         *map(_address, arrays), *how.chunk_sizes, table.address, partials.address, int(relu),
@@ -205,8 +216,8 @@ def backward_eval(
     partials, chunks = _backward_partials(*arrays, view, table, relu, queue)
     sums = queue.empty(2 * view.C, dtype)
     _each_channel(
-        channels.finish_sums, x, view.C, queue, partials.address, chunks, view.C, table.address,
-        sums.address, _kinds(sums), 0,
+        channels.finish_sums, x, view.C, queue, partials.address, chunks, view.C,
+        view.per_channel, table.address, sums.address, _kinds(sums), 0,
     )  # fmt: skip
     return sums
 
@@ -238,25 +249,26 @@ def backward_train(
     sums = queue.empty(2 * view.C, dtype)
     arrays = (grad_output, x, bits, grad_input, grad_residual)
     how = plan(view, x.itemsize)
-    threads = how.fused(BACKWARD_SLOTS)
-    if isinstance(how, Planes) and threads:
+    block = how.fused(backward=True)
+    if block:
+        planes = isinstance(how, Planes)
+        make = fused.backward_planes if planes else fused_columns.backward_columns
         variant = _variant(
-            fused.backward_planes, x, grad_output, grad_input, grad_residual,
-            bounds=(FUSED_THREADS, 1),
-        )  # fmt: skip
+            make, x, grad_output, grad_input, grad_residual, bounds=(FUSED_THREADS, 1)
+        )
         arguments = (
-            *map(_address, arrays), how.N, how.C, how.slots, table.address, sums.address,
-            _kinds(sums), int(relu),
+            *map(_address, arrays), *how.fused_sizes, table.address, sums.address, _kinds(sums),
+            int(relu),
         )  # fmt: skip
-        launch.launch(variant, (how.C,), (threads,), 0, queue.stream, arguments)
+        launch.launch(variant, how.fused_grid(block), block, 0, queue.stream, arguments)
         return sums
     slopes = queue.empty(SLOPE_ROWS * view.C)
     partials, chunks = _backward_partials(
         grad_output, x, bits, None, None, view, table, relu, queue
     )
     _each_channel(
-        channels.finish_sums, x, view.C, queue, partials.address, chunks, view.C, table.address,
-        sums.address, _kinds(sums), slopes.address,
+        channels.finish_sums, x, view.C, queue, partials.address, chunks, view.C,
+        view.per_channel, table.address, sums.address, _kinds(sums), slopes.address,
     )  # fmt: skip
     backward_elements(*arrays, view, table, slopes, relu, queue)
     return sums

@@ -23,16 +23,9 @@ import math
 from numba import cuda
 
 from numbabn.cuda.indices import index
-from numbabn.cuda.memory import (
-    element,
-    is_double,
-    load_any,
-    load_float64,
-    pointer,
-    store_any,
-    store_float64,
-)
+from numbabn.cuda.memory import element, is_double, pointer
 from numbabn.cuda.options import Address, Double, Flag, Size, inline
+from numbabn.cuda.scalars import load_any, load_float64, store_any, store_float64
 from numbabn.cuda.shared import put
 from numbabn.cuda.sums import warp_sum
 from numbabn.cuda.vector import round_like, widen
@@ -43,7 +36,7 @@ GRAD_MEAN, SLOPE, OFFSET = range(3)
 SLOPE_ROWS = 3
 
 COUNT, CENTER, SUM, M2 = range(4)
-SUM_DY, SUM_DY_XHAT = 1, 2
+SUM_DY, SUM_DY_XHAT = range(2)
 
 LARGEST_UNIT = 2.0**126  # in float32, with room for what it is multiplied by
 
@@ -270,8 +263,8 @@ def finish_sums(storage, aligned, wide):
     """Merge the chunks of backward sums into dbias and dweight, and `slopes`."""
 
     def finish_sums(
-        partials: Address, chunks: Size, C: Size, table: Address, sums: Address, kinds: Flag,
-        slopes: Address,
+        partials: Address, chunks: Size, C: Size, count: Double, table: Address, sums: Address,
+        kinds: Flag, slopes: Address,
     ) -> None:  # fmt: skip
         x = pointer(storage, aligned, wide, partials)
         C, chunks = index(C), index(chunks)
@@ -279,15 +272,14 @@ def finish_sums(storage, aligned, wide):
         c = index(cuda.blockIdx.x) * index(cuda.blockDim.y) + index(cuda.threadIdx.y)
         if c < C:
             first = c * chunks
-            count, sum_dy, sum_dy_xhat = 0.0, 0.0, 0.0
+            sum_dy, sum_dy_xhat = 0.0, 0.0
             k = lane
             while k < chunks:
-                at = element(x, first + k, 3, 0)
-                count = count + load_float64(partials, at)
+                at = element(x, first + k, 2, 0)
                 sum_dy = sum_dy + load_float64(partials, at + SUM_DY)
                 sum_dy_xhat = sum_dy_xhat + load_float64(partials, at + SUM_DY_XHAT)
                 k = k + 32
-            count, sum_dy, sum_dy_xhat = warp_sum(count), warp_sum(sum_dy), warp_sum(sum_dy_xhat)
+            sum_dy, sum_dy_xhat = warp_sum(sum_dy), warp_sum(sum_dy_xhat)
             if lane == 0:
                 dbias, dweight = finish_backward(x, count, sum_dy, sum_dy_xhat, table, C, c)
                 store_any(sums, kinds & 3, c, dbias)

@@ -20,7 +20,7 @@ from numbabn.cuda.channels import (
     slopes_of,
     update_running,
 )
-from numbabn.cuda.geometry import next_slot, thread, threads
+from numbabn.cuda.geometry import next_slot, paired, thread, threads
 from numbabn.cuda.gradients import (
     bits_of,
     cut_off,
@@ -28,18 +28,7 @@ from numbabn.cuda.gradients import (
     table_unit,
 )
 from numbabn.cuda.indices import as_float, as_float64, index, like
-from numbabn.cuda.memory import (
-    decode,
-    element,
-    load,
-    no_slot,
-    opaque,
-    pointer,
-    scalar,
-    store,
-    store_any,
-    store_byte,
-)
+from numbabn.cuda.memory import decode, element, hidden, load, load_wanted, opaque, pointer, store
 from numbabn.cuda.options import (
     Address,
     Double,
@@ -48,7 +37,8 @@ from numbabn.cuda.options import (
     Size,
     inline,
 )
-from numbabn.cuda.reductions import first_value, merge_threads
+from numbabn.cuda.reductions import common_center, merge_threads
+from numbabn.cuda.scalars import scalar, store_any, store_byte
 from numbabn.cuda.shared import get, put, shared_float64, shared_like
 from numbabn.cuda.sums import SUM_SPACE, block_sums
 from numbabn.cuda.vector import (
@@ -91,30 +81,37 @@ def finish_found(
 
 
 @inline
+def slot_number(x, n, v, c, C, slots):
+    """The number of the slot, of all of the array, that is `paired` number v of a channel's row."""
+    row = n * C + c
+    return element(x, row, slots, paired(n, row, v, slots))
+
+
+@inline
 def fetch(x, n, v, c, C, slots, V, step, wanted):
     """Slot v of sample n, if it is wanted, and where the thread's next slot is."""
-    slot = no_slot()
-    if wanted:
-        slot = load(x, element(x, n * C + c, slots, v) * V)
+    slot = load_wanted(x, slot_number(x, n, v, c, C, slots) * V, wanted)
     n, v = next_slot(n, v, slots, step)
     return slot, n, v
 
 
 @inline
-def add_slot(x, slot, shift, wanted, total):
-    """`total` and the slot's numbers less `shift`, if it is wanted."""
-    if wanted:
-        total = total + sum_lanes(decode(x, opaque(slot)) - shift)
-    return total
+def merge_slot(x, slot, shift, wanted, before, V, total, mean, m2):
+    """Sum, mean and m2 of the thread's values less `shift`, after a slot more, if it is wanted.
 
-
-@inline
-def add_squares(x, slot, shift, middle, wanted, total):
-    """`total` and the squares of the slot's numbers less `shift` and `middle`."""
+    `before` is how many slots came before it.
+    """
     if wanted:
-        apart = decode(x, opaque(slot)) - shift - middle
-        total = total + sum_lanes(apart * apart)
-    return total
+        value = decode(x, opaque(slot)) - shift
+        sum_ = sum_lanes(value)
+        middle = sum_ / as_float(x, V)
+        apart = value - middle
+        gap = middle - mean
+        share = as_float(x, like(V, 1)) / as_float(x, like(V, before + 1))
+        weight = share * as_float(x, like(V, before) * V)
+        m2 = (m2 + sum_lanes(apart * apart)) + (gap * gap) * weight
+        total, mean = total + sum_, fma(gap, share, mean)
+    return total, mean, m2
 
 
 def forward_planes(storage, aligned, wide):
@@ -137,29 +134,27 @@ def forward_planes(storage, aligned, wide):
         s1, n, v = fetch(source, n, v, c, C, slots, V, step, mine > 1)
         s2, n, v = fetch(source, n, v, c, C, slots, V, step, mine > 2)
         s3, n, v = fetch(source, n, v, c, C, slots, V, step, mine > 3)
-        center = first_value(source, element(source, c, slots, 0) * V)
 
+        mine = opaque(mine)  # lest a slot be loaded only after the one before was dealt with
         zero = as_float(source, like(C, 0))
         count = as_float(source, mine * V)
-        shift, total, m2 = zero, zero, zero
+        shift, total, mean, m2 = zero, zero, zero, zero
         if mine > 0:
             shift = first_lane(source, s0)
-        total = add_slot(source, s0, shift, mine > 0, total)
-        total = add_slot(source, s1, shift, mine > 1, total)
-        total = add_slot(source, s2, shift, mine > 2, total)
-        total = add_slot(source, s3, shift, mine > 3, total)
-        middle = total / count if mine > 0 else zero
-        m2 = add_squares(source, s0, shift, middle, mine > 0, m2)
-        m2 = add_squares(source, s1, shift, middle, mine > 1, m2)
-        m2 = add_squares(source, s2, shift, middle, mine > 2, m2)
-        m2 = add_squares(source, s3, shift, middle, mine > 3, m2)
-        number, near, offset, squares = widen(count), widen(shift), widen(middle), widen(m2)
+        lanes = like(C, V)
+        total, mean, m2 = merge_slot(source, s0, shift, mine > 0, 0, lanes, total, mean, m2)
+        total, mean, m2 = merge_slot(source, s1, shift, mine > 1, 1, lanes, total, mean, m2)
+        total, mean, m2 = merge_slot(source, s2, shift, mine > 2, 2, lanes, total, mean, m2)
+        total, mean, m2 = merge_slot(source, s3, shift, mine > 3, 3, lanes, total, mean, m2)
+        scratch, affine = shared_float64(SUM_SPACE), shared_like(source, 3)
+        center = common_center(shift, scratch)
+        number, near, offset, squares = widen(count), widen(shift), widen(mean), widen(m2)
         sum_ = widen(total)
         if mine > 0 and doubtful(m2, shift):
             sum_, squares = 0.0, 0.0
             u = thread()
             while u < end:
-                at = element(source, (u // slots) * C + c, slots, u % slots) * V
+                at = slot_number(source, u // slots, u % slots, c, C, slots) * V
                 j = like(C, 0)
                 while j < V:  # one by one: in float64 a slot's numbers would take many registers
                     apart = widen(scalar(source, at + j)) - center
@@ -168,7 +163,6 @@ def forward_planes(storage, aligned, wide):
                 u = opaque(u + step)
             near, offset = center, sum_ / number
             squares = squares - offset * sum_
-        scratch, affine = shared_float64(SUM_SPACE), shared_like(source, 3)
         found = shared_float64(4)
         number, center, all_, squares = merge_threads(
             number, near, sum_, offset, squares, center, scratch
@@ -208,7 +202,7 @@ def finish(io, slot, n, v, c, C, slots, V, step, wanted, mean, scale, shift, flo
     """Normalize and store a slot, if it is wanted; and where the next one is."""
     source, residual, other, bits, target = io
     if wanted:
-        at = element(source, n * C + c, slots, v)
+        at = slot_number(source, n, v, c, C, slots)
         finish_whole(source, residual, other, bits, target, at, V, slot, mean, scale, shift, floor)
     return next_slot(n, v, slots, step)
 
@@ -216,7 +210,7 @@ def finish(io, slot, n, v, c, C, slots, V, step, wanted, mean, scale, shift, flo
 @inline
 def finish_whole(x, residual, other, bits, out, at, V, slot, mean, scale, shift, floor):
     """Normalize slot number `at`, and store it."""
-    value = fma(decode(x, opaque(slot)) - mean, scale, shift)
+    value = fma(decode(x, hidden(slot)) - mean, scale, shift)
     if residual != 0:
         value = value + decode(x, load(other, at * V))
     if bits != 0:
@@ -246,8 +240,8 @@ def store_gradient(
     x, bits, target, passed, grad_residual = io
     if wanted:
         kept = bits_of(bits, at, like(V, 0), V)
-        xmu = decode(x, opaque(slot)) - mean
-        g = cut_off(x, opaque(grad), bits, kept, xmu, scale, shift, relu)
+        xmu = decode(x, hidden(slot)) - mean
+        g = cut_off(x, hidden(grad), bits, kept, xmu, scale, shift, relu)
         if grad_residual != 0:
             store(passed, at * V, g)
         store(target, at * V, ((g - grad_mean) + fma(xmu, slope, offset)) * scale)
@@ -270,7 +264,8 @@ def backward_planes(storage, aligned, wide):
         mine = (index(N) * slots + step - 1 - thread()) // step  # slots
         n, v = thread() // slots, thread() % slots
         n1, v1 = next_slot(n, v, slots, step)
-        a, b = element(source, n * C + c, slots, v), element(source, n1 * C + c, slots, v1)
+        a = slot_number(source, n, v, c, C, slots)
+        b = slot_number(source, n1, v1, c, C, slots)
         s0, g0 = load_wanted(source, a * V, mine > 0), load_wanted(gradient, a * V, mine > 0)
         s1, g1 = load_wanted(source, b * V, mine > 1), load_wanted(gradient, b * V, mine > 1)
         mean, unit = table_entry(source, table, C, MEAN, c), table_unit(source, table, C, c)
@@ -299,6 +294,11 @@ def backward_planes(storage, aligned, wide):
         grad_mean, slope = get(coefficients, like(C, 0)), get(coefficients, like(C, 1))
         offset = get(coefficients, like(C, 2))
         io = (source, bits, target, passed, grad_residual)
+        again, step = opaque(thread()), opaque(step)  # computed anew, not kept till here
+        n, v = again // slots, again % slots
+        n1, v1 = next_slot(n, v, slots, step)
+        a = slot_number(source, n, v, c, C, slots)
+        b = slot_number(source, n1, v1, c, C, slots)
         store_gradient(
             io, s0, g0, a, lanes, mean, scale, shift, grad_mean, slope, offset, relu, mine > 0
         )
@@ -307,15 +307,6 @@ def backward_planes(storage, aligned, wide):
         )
 
     return backward_planes
-
-
-@inline
-def load_wanted(x, i, wanted):
-    """A whole slot, or zeros."""
-    slot = no_slot()
-    if wanted:
-        slot = load(x, i)
-    return slot
 
 
 @inline

@@ -2,7 +2,7 @@
 
 **Planes.** A row of L elements, one plane, is cut into `slots` slots that lie on multiples of 16
 bytes of the array; the first and the last may hold elements of other rows too. A block's threads
-take slots that follow each other.
+take slots that follow each other, or nearly so: see `paired`.
 
 **Columns.** Rows of channels are put together to rows of `K` columns, a multiple of what a slot
 holds: so a slot has the same columns in every row, and only the last row may be incomplete. There
@@ -66,6 +66,33 @@ def next_slot(n, v, slots, by):
 
 
 @inline
+def paired(n, row, v, slots):
+    """The slot that is number v of sample n's row in the order in which a channel is read.
+
+    Memory is read in sectors of two slots. Where rows have odd numbers of slots, one of a row's
+    slots has no other, and the pairs begin at odd slots of every other row. It comes first in odd
+    samples and last in even ones: so pairs begin at even numbers, and no warp reads half of one.
+    """
+    if (n + row) & slots & 1 != 0:
+        if row & 1 != 0:
+            v = v + 1
+            if v == slots:
+                v = like(v, 0)
+        else:
+            if v == 0:
+                v = slots
+            v = v - 1
+    return v
+
+
+@inline
+def channel_part(x, n, c, v, wanted, C, L, slots, V):
+    """`row_part` of slot v of channel c of sample n, `paired`."""
+    row = n * C + c
+    return row_part(x, row, paired(n, row, v, slots), wanted, L, V)
+
+
+@inline
 def tile_columns(K, V):
     """Where the block's tile begins, the thread's first column of it, and how many there are.
 
@@ -89,3 +116,9 @@ def column_part(x, m, end, height, left, K, k, V):
         elif k < left:
             hi = smaller(left - k, like(K, V))
     return element(x, m, K, k), hi
+
+
+@inline
+def chunk_of(c, C, copies, part, parts):
+    """The number, among the chunks of all channels, of a part of what is counted as channel c."""
+    return ((c % C) * copies + c // C) * parts + part

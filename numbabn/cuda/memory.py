@@ -19,7 +19,6 @@ from numbabn.cuda.vector import (
     GLOBAL,
     HALF,
     I1,
-    I8,
     I16,
     I32,
     I64,
@@ -28,6 +27,7 @@ from numbabn.cuda.vector import (
     Index,
     Pointer,
     array_of,
+    call,
     lanes_of,
     pack,
     resize,
@@ -172,6 +172,38 @@ def _in_part(builder: Any, j: int, lo: Any, hi: Any) -> Any:
     return builder.and_(after, builder.icmp_unsigned(">", hi, hi.type(j)))
 
 
+def _load_if(builder: Any, pointer: Pointer, base: Any, i: Any, wanted: Any) -> Any:
+    """A slot, or zeros if it is not wanted."""
+    if pointer.aligned:
+        # One predicated instruction: from a branch the compiler copies what was loaded to where the
+        # paths meet, and so waits for it before the next load. No order is needed: what a thread
+        # reads nobody writes but itself, afterwards.
+        address = builder.ptrtoint(place(builder, base, i, ITEMSIZE[pointer.storage], I32), I64)
+        code = "{ .reg .pred %wanted; setp.ne.u32 %wanted, $5, 0; "
+        code += "".join(f"mov.b32 ${j}, 0; " for j in range(4))
+        code += "@%wanted ld.global.v4.b32 {$0, $1, $2, $3}, [$4]; }"
+        kind = ir.FunctionType(ir.LiteralStructType([I32] * 4), [I64, I32])
+        words = builder.call(
+            ir.InlineAsm(kind, code, "=r,=r,=r,=r,l,r", side_effect=True),
+            [address, builder.zext(wanted, I32)],
+        )
+        return pack(builder, RAW, [builder.extract_value(words, j) for j in range(4)])
+    result = cgutils.alloca_once_value(builder, ir.Constant(RAW, [I32(0)] * 4))
+    with builder.if_then(wanted):
+        builder.store(_load_slot(builder, pointer, base, i), result)
+    return builder.load(result)
+
+
+@intrinsic
+def load_wanted(typingctx: Any, pointer: Any, i: Any, wanted: Any) -> Any:
+    """The slot whose first number is ``pointer[i]``, or zeros if it is not wanted."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _load_if(builder, pointer, *args)
+
+    return slot_type(pointer, i, types.boolean), codegen
+
+
 @intrinsic
 def load_part(typingctx: Any, pointer: Any, i: Any, lo: Any, hi: Any) -> Any:
     """Numbers lo:hi of a slot, and zeros; ``pointer[i]`` is number 0, whether or not it exists."""
@@ -179,19 +211,19 @@ def load_part(typingctx: Any, pointer: Any, i: Any, lo: Any, hi: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         base, i, lo, hi = args
         kind, size = stored_as(pointer), ITEMSIZE[pointer.storage]
-        result = cgutils.alloca_once_value(builder, ir.Constant(RAW, [I32(0)] * 4))
-        with builder.if_else(_covers(builder, pointer, lo, hi)) as (whole, part):
-            with whole:
-                builder.store(_load_slot(builder, pointer, base, i), result)
-            with part, builder.if_then(builder.icmp_unsigned("<", lo, hi)):
-                first = place(builder, base, i, size, kind)
-                numbers = []
-                for j in range(pointer.lanes):
-                    number = cgutils.alloca_once_value(builder, kind(0))
-                    with builder.if_then(_in_part(builder, j, lo, hi)):
-                        builder.store(read(builder, builder.gep(first, [I32(j)]), size), number)
-                    numbers.append(builder.load(number))
-                builder.store(words_of(builder, numbers), result)
+        whole = _covers(builder, pointer, lo, hi)
+        result = cgutils.alloca_once(builder, RAW)
+        builder.store(_load_if(builder, pointer, base, i, whole), result)
+        part = builder.and_(builder.not_(whole), builder.icmp_unsigned("<", lo, hi))
+        with builder.if_then(part, likely=False):
+            first = place(builder, base, i, size, kind)
+            numbers = []
+            for j in range(pointer.lanes):
+                number = cgutils.alloca_once_value(builder, kind(0))
+                with builder.if_then(_in_part(builder, j, lo, hi)):
+                    builder.store(read(builder, builder.gep(first, [I32(j)]), size), number)
+                numbers.append(builder.load(number))
+            builder.store(words_of(builder, numbers), result)
         return builder.load(result)
 
     return slot_type(pointer, i, lo, hi), codegen
@@ -233,6 +265,24 @@ def opaque(typingctx: Any, value: Any) -> Any:
         return pack(builder, args[0].type, [move(builder, lane) for lane in lanes])
 
     return value(value), codegen
+
+
+@intrinsic
+def hidden(typingctx: Any, slot: Any) -> Any:
+    """The same slot, but not even ptxas can know, which sees through `opaque`.
+
+    It combines the slot with the block's z, which is 0 as grids have two dimensions. ptxas else
+    keeps all the 16-bit numbers that it once took from a slot, each in a register of its own.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(I32, [I32, I32])
+        combine = ir.InlineAsm(kind, "xor.b32 $0, $1, $2;", "=r,r,r", side_effect=True)
+        zero = call(builder, "llvm.nvvm.read.ptx.sreg.ctaid.z", I32, [])
+        words = [builder.call(combine, [word, zero]) for word in lanes_of(builder, args[0])]
+        return pack(builder, RAW, words)
+
+    return slot_type(slot), codegen
 
 
 def widened(builder: Any, pointer: Pointer, number: Any) -> Any:
@@ -281,6 +331,27 @@ def decode(typingctx: Any, pointer: Any, slot: Any) -> Any:
 
 
 @intrinsic
+def number(typingctx: Any, pointer: Any, slot: Any, j: Any) -> Any:
+    """A slot's number `j`, an index."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        numbers = numbers_of(builder, pointer, args[1])
+        if ITEMSIZE[pointer.storage] == 2:  # by words: fewer registers, and fewer to choose from
+            numbers = lanes_of(builder, args[1])
+        j = resize(builder, args[2], I32)
+        at = builder.lshr(j, I32(1)) if ITEMSIZE[pointer.storage] == 2 else j
+        chosen = numbers[0]
+        for n, one in enumerate(numbers[1:], 1):
+            chosen = builder.select(builder.icmp_unsigned("==", at, I32(n)), one, chosen)
+        if ITEMSIZE[pointer.storage] == 2:
+            shift = builder.shl(builder.and_(j, I32(1)), I32(4))
+            chosen = builder.trunc(builder.lshr(chosen, shift), I16)
+        return widened(builder, pointer, chosen)
+
+    return pointer.dtype(pointer, slot, j), codegen
+
+
+@intrinsic
 def store(typingctx: Any, pointer: Any, i: Any, vector: Any) -> Any:
     """Numbers to ``pointer[i]`` and what follows."""
 
@@ -311,112 +382,3 @@ def store_part(typingctx: Any, pointer: Any, i: Any, lo: Any, hi: Any, vector: A
         return context.get_dummy_value()
 
     return types.void(pointer, i, lo, hi, vector), codegen
-
-
-@intrinsic
-def scalar(typingctx: Any, pointer: Any, i: Any) -> Any:
-    """The number ``pointer[i]``."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        size = ITEMSIZE[pointer.storage]
-        number = read(builder, place(builder, args[0], args[1], size, stored_as(pointer)), size)
-        return widened(builder, pointer, number)
-
-    return pointer.dtype(pointer, i), codegen
-
-
-@intrinsic
-def load_float64(typingctx: Any, address: Any, i: Any) -> Any:
-    """The float64 number `i` at `address`."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return read(builder, place(builder, args[0], args[1], 8, DOUBLE), 8)
-
-    return types.float64(types.uint64, i), codegen
-
-
-@intrinsic
-def store_float64(typingctx: Any, address: Any, i: Any, value: Any) -> Any:
-    """`value` to number `i` of the float64 numbers at `address`."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        write(builder, args[2], place(builder, args[0], args[1], 8, DOUBLE), 8)
-        return context.get_dummy_value()
-
-    return types.void(types.uint64, i, types.float64), codegen
-
-
-def _for_each_kind(builder: Any, kind: Any, emit: Any) -> None:
-    """``emit(storage)`` for the storage whose number is `kind`."""
-    after = builder.append_basic_block("after")
-    switch = builder.switch(kind, after)
-    for storage in range(4):
-        block = builder.append_basic_block(f"kind{storage}")
-        switch.add_case(kind.type(storage), block)
-        builder.position_at_end(block)
-        emit(Pointer(storage, False))
-        builder.branch(after)
-    builder.position_at_end(after)
-
-
-@intrinsic
-def load_any(typingctx: Any, address: Any, kind: Any, i: Any) -> Any:
-    """Number `i` at `address`, stored as `kind` (FLOAT32 and so on) says, as float64."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        result = cgutils.alloca_once(builder, DOUBLE)
-
-        def emit(pointer: Pointer) -> None:
-            size = ITEMSIZE[pointer.storage]
-            number = read(builder, place(builder, args[0], args[2], size, stored_as(pointer)), size)
-            value = widened(builder, pointer, number)
-            builder.store(value if size == 8 else builder.fpext(value, DOUBLE), result)
-
-        _for_each_kind(builder, args[1], emit)
-        return builder.load(result)
-
-    return types.float64(types.uint64, types.int64, i), codegen
-
-
-@intrinsic
-def store_any(typingctx: Any, address: Any, kind: Any, i: Any, value: Any) -> Any:
-    """The float64 `value` to where `load_any` would find it, rounded."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        def emit(pointer: Pointer) -> None:
-            size = ITEMSIZE[pointer.storage]
-            value = args[3] if size == 8 else builder.fptrunc(args[3], FLOAT)
-            number = narrowed(builder, pointer, value)
-            write(
-                builder,
-                number,
-                place(builder, args[0], args[2], size, stored_as(pointer)),
-                size,
-            )
-
-        _for_each_kind(builder, args[1], emit)
-        return context.get_dummy_value()
-
-    return types.void(types.uint64, types.int64, i, types.float64), codegen
-
-
-@intrinsic
-def load_byte(typingctx: Any, address: Any, i: Any) -> Any:
-    """Byte `i` at `address`, as 32 bits."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.zext(read(builder, place(builder, args[0], args[1], 1, I8), 1), I32)
-
-    return types.uint32(types.uint64, i), codegen
-
-
-@intrinsic
-def store_byte(typingctx: Any, address: Any, i: Any, value: Any) -> Any:
-    """The lowest 8 bits of `value` to byte `i` at `address`."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        byte = builder.trunc(args[2], I8)
-        write(builder, byte, place(builder, args[0], args[1], 1, I8), 1)
-        return context.get_dummy_value()
-
-    return types.void(types.uint64, i, types.uint32), codegen

@@ -13,7 +13,7 @@ from numba import cuda
 from numbabn.cuda.channels import put_affine
 from numbabn.cuda.geometry import column_part, plane_part, thread, threads
 from numbabn.cuda.indices import index, like, smaller
-from numbabn.cuda.memory import decode, load_part, pointer, store_byte, store_part
+from numbabn.cuda.memory import decode, load_part, pointer, store_part
 from numbabn.cuda.options import (
     PAIR,
     PLANE_ROWS,
@@ -26,6 +26,7 @@ from numbabn.cuda.options import (
     Size,
     inline,
 )
+from numbabn.cuda.scalars import store_byte
 from numbabn.cuda.shared import get, get_columns, shared_like
 from numbabn.cuda.vector import LANES, clip_below, fma, positive_bits
 

@@ -9,13 +9,32 @@ from functools import cache
 from math import gcd
 from typing import NamedTuple
 
-from numbabn.cuda.options import FUSED_THREADS, PAIR, PLANE_CHUNK, THREADS, TILE_WIDTH, WIDEST_TILE
+from numbabn.cuda.options import (
+    BACKWARD_ROWS,
+    BACKWARD_SLOTS,
+    FORWARD_ROWS,
+    FORWARD_SLOTS,
+    FUSED_THREADS,
+    FUSED_WIDTH,
+    PAIR,
+    PLANE_CHUNK,
+    THREADS,
+    TILE_WIDTH,
+    WIDEST_TILE,
+)
 from numbabn.layout import View
 
-BLOCKS = 132 * 8  # enough for every multiprocessor to have as many as it can hold
+MULTIPROCESSORS = 132
+BLOCKS = MULTIPROCESSORS * 8  # enough for each to have as many as it can hold
+LEAST_BYTES = 640  # of a column of a chunk: what its sums take is 32 bytes to three times that
 MOST_TURNS = 16  # tiles that a thread sums in float32
 MOST_PARTS = 65535  # a grid's largest y
 SHORT_PLANE = 128  # shorter ones are columns
+
+
+def fused_threads(slots: int, held: int) -> int:
+    """Threads of a block that holds so many slots in registers, up to `held` in each."""
+    return min(max(-(-slots // (held * 32)), -(-slots // 96), 2) * 32, FUSED_THREADS)
 
 
 class Planes(NamedTuple):
@@ -29,16 +48,24 @@ class Planes(NamedTuple):
     chunk: int  # slots of a block, elementwise
     part: int  # slots of a chunk of a channel
 
-    def fused(self, held: int) -> int:
-        """Threads of a block that does a whole channel, holding `held` slots each, or 0.
+    def fused(self, backward: bool) -> tuple[int, ...]:
+        """The block that does a whole channel in the forward or backward pass, or nothing.
 
         There must be channels enough to keep the device busy, unless they are small.
         """
+        held = BACKWARD_SLOTS if backward else FORWARD_SLOTS
         slots = self.N * self.slots
         whole = self.slots * self.lanes == self.L
         if not whole or slots > held * FUSED_THREADS or (self.C < BLOCKS // 16 and slots > 2048):
-            return 0
-        return min(max(-(-slots // (held * 32)), -(-slots // 96), 2) * 32, FUSED_THREADS)
+            return ()
+        return (fused_threads(slots, held),)
+
+    def fused_grid(self, block: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.C,)
+
+    @property
+    def fused_sizes(self) -> tuple[int, ...]:
+        return self.N, self.C, self.slots
 
     @property
     def bits(self) -> int:
@@ -77,6 +104,7 @@ class Columns(NamedTuple):
     C: int
     L: int
     K: int
+    lanes: int  # numbers in a slot
     height: int
     left: int
     width: int
@@ -87,9 +115,30 @@ class Columns(NamedTuple):
     rows: int  # of a block, elementwise
     part: int  # rows of a chunk
 
-    def fused(self, held: int) -> int:
-        """There is no kernel that does whole channels of columns."""
-        return 0
+    def fused(self, backward: bool) -> tuple[int, ...]:
+        """The block that does whole channels in the forward or backward pass, or nothing.
+
+        As for planes. Tiles begin and end with sectors of 32 bytes.
+        """
+        held = (BACKWARD_ROWS if backward else FORWARD_ROWS)[self.lanes]
+        slots = self.K // self.lanes
+        if self.L > 1 or self.copies > 1:
+            return ()
+        width = FUSED_WIDTH
+        while width > 1:
+            tile = self.height * width
+            busy = slots // width >= BLOCKS // 16 or tile <= 2048
+            if slots % width == 0 and tile <= held * FUSED_THREADS and busy:
+                return width, fused_threads(tile, held) // width
+            width //= 2
+        return ()
+
+    def fused_grid(self, block: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.K // self.lanes // block[0],)
+
+    @property
+    def fused_sizes(self) -> tuple[int, ...]:
+        return self.height, self.C, self.K // self.lanes
 
     @property
     def chunks(self) -> int:
@@ -134,23 +183,30 @@ def plan(view: View, itemsize: int) -> Planes | Columns:
     K = C * L * copies
     height, left = divmod(N * C * L, K)
     unit = L // gcd(L, V)  # slots of the fewest channels that fill slots
-    # Narrow tiles: a block's sums are one for each of its channels, whatever it read for them.
-    tall = min(32, -(-(height + 1) // PAIR))
-    most = max(1, min(THREADS // tall, TILE_WIDTH) // unit)  # units in a tile
-    units = K // V // unit
-    tiles = -(-units // most)
-    width = unit * -(-units // tiles)
-    tiles = -(-units * unit // width)
-    tall = THREADS // width
     rows = height + (left > 0)
+    units = K // V // unit
+    # Narrow tiles: a block's sums are two for each of its channels, whatever it read for them. So
+    # they are the narrower the fewer blocks there would be if each read enough.
+    for tall in (32, 64, 128):
+        tall = min(tall, -(-(height + 1) // PAIR))
+        most = max(1, min(THREADS // tall, TILE_WIDTH) // unit)  # units in a tile
+        tiles = -(-units // most)
+        width = unit * -(-units // tiles)
+        if unit == 1 and units > 1:
+            width += width % 2  # whole sectors of 32 bytes
+        tiles = -(-units * unit // width)
+        tall = THREADS // width
+        enough = tall * -(-LEAST_BYTES // itemsize // tall)
+        if -(-rows // enough) * tiles >= MULTIPROCESSORS:
+            break
+    else:
+        enough = tall * max(1, rows * tiles // MULTIPROCESSORS // tall)
     turn = tall * PAIR
     turns = min(max(-(-rows // turn) * tiles // BLOCKS, 1), 8)
     turns = max(turns, -(-rows // turn // MOST_PARTS))
-    # Longer chunks, if there are blocks enough: less is written and read of what they sum to.
-    long = -(-rows // (8 * tall)) * tiles >= BLOCKS // 8
-    part = _turns(rows, (8 if long else 4) * tall, tiles)
+    part = _turns(rows, enough, tiles)
     bits = -(-N * C * L // V)
-    return Columns(C, L, K, height, left, width, tall, tiles, copies, bits, turn * turns, part)
+    return Columns(C, L, K, V, height, left, width, tall, tiles, copies, bits, turn * turns, part)
 
 
 def _turns(length: int, turn: int, beside: int) -> int:

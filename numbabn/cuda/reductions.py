@@ -15,7 +15,15 @@ import math
 from numba import cuda
 
 from numbabn.cuda.channels import CENTER, COUNT, M2, SUM
-from numbabn.cuda.geometry import next_slot, row_part, thread, threads, tile_columns
+from numbabn.cuda.geometry import (
+    channel_part,
+    chunk_of,
+    next_slot,
+    paired,
+    thread,
+    threads,
+    tile_columns,
+)
 from numbabn.cuda.indices import as_float, as_float64, index, like, smaller
 from numbabn.cuda.memory import (
     decode,
@@ -26,10 +34,9 @@ from numbabn.cuda.memory import (
     no_slot,
     opaque,
     pointer,
-    scalar,
-    store_float64,
 )
 from numbabn.cuda.options import THREADS, TILE_WIDTH, Address, Size, inline
+from numbabn.cuda.scalars import scalar, store_float64
 from numbabn.cuda.shared import (
     get,
     get_columns,
@@ -47,7 +54,9 @@ from numbabn.cuda.vector import (
     doubtful,
     fma,
     keep,
+    lane,
     part_bits,
+    pick,
     splat,
     sum_lanes,
     widen,
@@ -55,10 +64,27 @@ from numbabn.cuda.vector import (
 
 
 @inline
-def first_value(x, i):
-    """What a channel's sums are relative to: its first value, or 0 if that is not finite."""
-    value = widen(scalar(x, i))
-    return value if math.isfinite(value) else 0.0
+def first_of_row(x, row, v, L, V):
+    """The first number of a row's slot v, or the row's last if the slot lies past its end.
+
+    Of a whole slot, which costs no more: the others in it are needed soon.
+    """
+    i = element(x, row, L, smaller(v * V, L - 1))
+    if L % V == 0:
+        value = lane(decode(x, opaque(load(x, i))), 0)
+    else:
+        value = scalar(x, i)
+    return value
+
+
+@inline
+def common_center(shift, scratch):
+    """The first thread's `shift` in float64, for all of the block; 0 if it is not finite."""
+    if thread() == 0:
+        value = widen(shift)
+        put(scratch, like(thread(), 0), value if math.isfinite(value) else 0.0)
+    cuda.syncthreads()
+    return get(scratch, like(thread(), 0))
 
 
 @inline
@@ -136,26 +162,25 @@ def stats_planes(storage, aligned, wide):
         c, k = index(cuda.blockIdx.x), index(cuda.blockIdx.y)
         begin = k * index(chunk)
         end = smaller(begin + index(chunk), index(N) * slots)
-        center = first_value(source, element(source, c, L, 0))
         u = begin + thread()
         n, v = u // slots, u % slots
         step = like(L, THREADS)
         count = as_float(source, like(L, 0))
         mean, m2, shift, exact, lost = count, count, count, count, count
         if u < end:
-            # The slot may begin before its row, or lie past its end.
-            shift = scalar(source, element(source, n * C + c, L, smaller(v * V, L - 1)))
+            row = n * C + c
+            shift = first_of_row(source, row, paired(n, row, v, slots), L, V)
         while u < end:
-            i, lo, hi = row_part(source, n * C + c, v, True, L, V)
+            i, lo, hi = channel_part(source, n, c, v, True, C, L, slots, V)
             a, bits_a, total = load_part(source, i, lo, hi), part_bits(lo, hi), hi - lo
             n, v = next_slot(n, v, slots, step)
-            i, lo, hi = row_part(source, n * C + c, v, u + THREADS < end, L, V)
+            i, lo, hi = channel_part(source, n, c, v, u + THREADS < end, C, L, slots, V)
             b, bits_b, total = load_part(source, i, lo, hi), part_bits(lo, hi), total + hi - lo
             n, v = next_slot(n, v, slots, step)
-            i, lo, hi = row_part(source, n * C + c, v, u + 2 * THREADS < end, L, V)
+            i, lo, hi = channel_part(source, n, c, v, u + 2 * THREADS < end, C, L, slots, V)
             d, bits_d, total = load_part(source, i, lo, hi), part_bits(lo, hi), total + hi - lo
             n, v = next_slot(n, v, slots, step)
-            i, lo, hi = row_part(source, n * C + c, v, u + 3 * THREADS < end, L, V)
+            i, lo, hi = channel_part(source, n, c, v, u + 3 * THREADS < end, C, L, slots, V)
             e, bits_e, total = load_part(source, i, lo, hi), part_bits(lo, hi), total + hi - lo
             n, v = next_slot(n, v, slots, step)
             if total > 0:
@@ -166,6 +191,8 @@ def stats_planes(storage, aligned, wide):
                 if is_double(source):
                     exact, lost = add_up(source, exact, lost, middle * as_float(source, total))
             u = u + 4 * THREADS
+        scratch = shared_float64(SUM_SPACE)
+        center = common_center(shift, scratch)
         number, near, offset, squares = widen(count), widen(shift), widen(mean), widen(m2)
         sum_ = widen(close_sum(exact, lost)) if is_double(source) else offset * number
         if number > 0.0 and doubtful(m2, shift):
@@ -173,14 +200,13 @@ def stats_planes(storage, aligned, wide):
             u = begin + thread()
             while u < end:
                 n = u // slots
-                i, lo, hi = row_part(source, n * C + c, u - n * slots, True, L, V)
+                i, lo, hi = channel_part(source, n, c, u - n * slots, True, C, L, slots, V)
                 slot = load_part(source, i, lo, hi)
                 total, square = slot_again(source, slot, part_bits(lo, hi), center)
                 offset, squares = offset + total, squares + square
                 u = u + THREADS
             sum_, offset = offset, offset / number
             squares = squares - sum_ * offset
-        scratch = shared_float64(SUM_SPACE)
         number, center, total, squares = merge_threads(
             number, near, sum_, offset, squares, center, scratch
         )
@@ -246,11 +272,14 @@ def column_again(x, i, step, rows, center, squared):
 
 
 @inline
-def put_centers(x, first, channels, C, L, centers):
-    """The first values of channels from `first` on, into shared memory."""
+def put_centers(x, firsts, channels, L, V, centers):
+    """What the sums of a tile's channels are relative to: the first values in `firsts`, or 0."""
+    cuda.syncthreads()
     q = thread()
     while q < channels:
-        put(centers, q, first_value(x, element(x, (first + q) % C, L, 0)))
+        k = q * L
+        value = widen(pick(decode(x, get_slot(firsts, k // V)), k % V))
+        put(centers, q, value if math.isfinite(value) else 0.0)
         q = opaque(q + threads())
     cuda.syncthreads()
 
@@ -292,7 +321,6 @@ def stats_columns(storage, aligned, wide):
         first, channels = base // L, columns // L
         centers, work = shared_float64(SPACE), shared_float64(WORK)
         firsts = shared_slots(THREADS)
-        put_centers(source, first, channels, C, L, centers)
 
         # Whole rows of the block; what is left of the last is one value more for some columns.
         begin = smaller(part * index(rows), height)
@@ -310,6 +338,7 @@ def stats_columns(storage, aligned, wide):
             put_slot(firsts, thread(), load(source, i))
             mean, m2, total = column_moments(source, i, step, mine, firsts)
             again = doubtful(m2, decode(source, get_slot(firsts, opaque(thread()))))
+        put_centers(source, firsts, channels, L, V, centers)
         more = down == 0 and base + column < left
 
         # Three times over: sums relative to the first values; then, as these may be outliers, all
@@ -344,7 +373,7 @@ def stats_columns(storage, aligned, wide):
                 count = as_float64((whole + 1 if c * L < left else whole) * L)
                 found = get(work, q * L)
                 copies = K // (C * L)
-                chunk = (((c % C) * copies + c // C) * parts + part) * 4
+                chunk = chunk_of(c, C, copies, part, parts) * 4
                 if turn == 0:
                     moved = get(centers, q) + (found / count if count > 0.0 else 0.0)
                     put(centers, q, moved if math.isfinite(moved) else get(centers, q))

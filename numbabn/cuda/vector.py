@@ -262,6 +262,21 @@ def lane(typingctx: Any, value: Any, j: Any) -> Any:
 
 
 @intrinsic
+def pick(typingctx: Any, value: Any, j: Any) -> Any:
+    """Lane `j` (an index) of a vector."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = lanes_of(builder, args[0])
+        chosen = lanes[0]
+        for n, one in enumerate(lanes[1:], 1):
+            here = builder.icmp_unsigned("==", args[1], args[1].type(n))
+            chosen = builder.select(here, one, chosen)
+        return chosen
+
+    return value.dtype(value, j), codegen
+
+
+@intrinsic
 def sum_lanes(typingctx: Any, value: Any) -> Any:
     """Sum of the lanes, by halving: a fixed order."""
 
