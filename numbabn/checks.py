@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,15 @@ def writable(name: str, value: Any) -> None:
         )
     if not value.flags.writeable:
         raise ValueError(f"{name}: expected a writable array, got a read-only one")
+
+
+def integer(name: str, value: Any) -> int:
+    """`value` as an int."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        kind = type(value).__name__
+        raise TypeError(f"{name}: expected an integer, got {kind} {value!r}") from None
 
 
 def real(name: str, value: Any) -> float:

@@ -7,7 +7,6 @@ automatic differentiation: call `backward` yourself, in reverse order of the for
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -44,8 +43,8 @@ class _BatchNorm:
         dtype: DTypeLike = np.float32,
         channel_axis: int = 1,
     ) -> None:
-        self.num_features = C = _integer("num_features", num_features)
-        self.channel_axis = _integer("channel_axis", channel_axis)
+        self.num_features = C = checks.integer("num_features", num_features)
+        self.channel_axis = checks.integer("channel_axis", channel_axis)
         if C < 0:
             raise ValueError(f"num_features: expected 0 or more, got {C}")
         checks.not_negative("eps", eps)
@@ -499,12 +498,3 @@ class BatchNorm3d(_BatchNorm):
     """
 
     _ranks = (5,)
-
-
-def _integer(name: str, value: Any) -> int:
-    """``value`` as an int, or an error that names it."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        kind = type(value).__name__
-        raise TypeError(f"{name}: expected an integer, got {kind} {value!r}") from None

@@ -3,6 +3,8 @@
 The host cannot read the arrays of `cuda_arrays`, so a hidden copy would be an error.
 """
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from support import problem, wide
@@ -11,6 +13,7 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 from cuda_arrays import Gpu, InterfaceArray, install
 
 import numbabn
+from numbabn.cuda import interop
 
 NAMES = ("weight", "bias", "running_mean", "running_var")
 
@@ -190,3 +193,19 @@ def test_plain_average(gpu):
     assert layer.num_batches_tracked == 3
     np.testing.assert_allclose(layer.running_mean.values, host.running_mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(layer.running_var.values, host.running_var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_what_pytorch_does_itself(monkeypatch, dtype):
+    # On the CPU, where these operations are what they are on a GPU, but for the stream.
+    torch = pytest.importorskip("torch")
+    total = torch.zeros(3, dtype=getattr(torch, dtype))
+    library = interop.library_of(total)
+    monkeypatch.setattr(type(library), "on", lambda *args: nullcontext())
+    assert library.fill(total, 1, 0)
+    assert library.add(total, torch.ones(3), 0)
+    assert total.tolist() == [2, 2, 2]
+    given = library.from_host(total, np.array([0.5, np.inf, -3], np.float32), 0)
+    assert library.set(total, given, 0)
+    assert total.tolist() == [0.5, np.inf, -3]
+    assert total.dtype is getattr(torch, dtype)

@@ -19,8 +19,8 @@ from numbabn.cuda.call import Call, check_writable, on_its_device
 from numbabn.cuda.channels import bias_of, weight_of
 from numbabn.cuda.indices import index
 from numbabn.cuda.interop import STORAGE, CudaArray, on_device_of
-from numbabn.cuda.memory import load_any, store_any
 from numbabn.cuda.options import THREADS, Address, Double, Flag, Size
+from numbabn.cuda.scalars import load_any, store_any
 from numbabn.cuda.vector import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
 _NUMBERS = {"float32": FLOAT32, "float64": FLOAT64, "int16": FLOAT16, "uint16": BFLOAT16}
