@@ -17,15 +17,15 @@ from pathlib import Path
 
 import numbabn
 from numbabn.bench import problem, report, roofline
-from numbabn.bench.problem import PASSES, Contestant, Problem, aligned_ones
+from numbabn.bench.problem import PASSES, Contestant, Problem
 from numbabn.bench.timing import race
 from numbabn.config import config
 
 __all__ = ["run"]
 
-# Arrays of the input's size that are alive at once: x, grad_output and out, three of the probes',
-# and what PyTorch's and NumPy's passes make.
-ARRAYS = 9
+# Arrays of the input's size that are alive at once: x, grad_output and out, and what
+# PyTorch's and NumPy's passes make.
+ARRAYS = 6
 # NumPy 1's largest number of dimensions.
 MOST_SIZES = 32
 
@@ -119,8 +119,6 @@ def _measure(
 ) -> list[report.Row]:
     """Time everybody, one pass after the other."""
     rows = []
-    vectors = -(-given.nbytes // 64)
-    moved = (aligned_ones(16 * vectors), aligned_ones(16 * vectors), aligned_ones(16 * vectors))
     with _progress() as step:
         for pass_name in PASSES:
             entered: list[Contestant] = []
@@ -128,7 +126,7 @@ def _measure(
                 entered.append(problem.of_numbabn(given, pass_name, count))
                 if "torch" in against:
                     entered.append(problem.of_torch(given, pass_name, count))
-                entered += roofline.probes(moved, pass_name, count)
+                entered += roofline.probes(given, pass_name, count)
             if "numpy" in against:
                 entered.append(problem.of_numpy(given, pass_name))
             timings = race(entered, seconds, partial(step, pass_name))
