@@ -1,5 +1,6 @@
 """The benchmark suite's parts that have a right answer."""
 
+import importlib
 import json
 import math
 import os
@@ -174,6 +175,21 @@ def test_history_measures_a_subset_of_what_there_is():
     )
     assert chosen("bench_ratios.Ratios.track_time_over_numpy('forward_eval', '65536x64 nc')")
     assert not chosen("bench_shapes.AllShapes.track_mean_time('forward_eval', 'nchw')")
+
+
+def test_tracked_results_are_of_what_the_suite_measures():
+    # asv shows nothing of another version, and takes the list of benchmarks from this file.
+    folder = ROOT / "benchmarks" / "results"
+    listed = json.loads((folder / "benchmarks.json").read_text())
+    files = list(folder.glob("*/*-virtualenv-*.json"))
+    assert len(files) >= 5
+    for file in files:
+        found = json.loads(file.read_text())
+        column = found["result_columns"].index("version")
+        for name, values in found["results"].items():
+            module, owner, _ = name.split(".")
+            version = getattr(importlib.import_module(f"benchmarks.{module}"), owner).version
+            assert version == listed[name]["version"] == values[column], (file.name, name)
 
 
 def page(tmp_path, *more):
