@@ -41,9 +41,10 @@ def passes(gpu, shape, axis, typestr="<f4"):
 
 # Slots of planes, and rows of columns.
 LARGEST = {
-    "planes": (lambda n: (n // 2**12, 1, 2**14), 1, "<f4"),
-    "planes of float16": (lambda n: (n // 2**12, 1, 2**15), 1, "<f2"),
-    "planes of float64": (lambda n: (n // 2**12, 1, 2**13), 1, "<f8"),
+    "planes": (lambda n: (n // 2**14, 4, 2**14), 1, "<f4"),
+    "planes of float16": (lambda n: (n // 2**15, 8, 2**15), 1, "<f2"),
+    "planes of float64": (lambda n: (n // 2**13, 2, 2**13), 1, "<f8"),
+    "values per channel": (lambda n: (n // 2**14, 2, 2**14), 1, "<f4"),
     "rows": (lambda n: (n // 8 * 8, 4), -1, "<f4"),
     "rows of float16": (lambda n: (n // 8 * 8, 8), -1, "<f2"),
 }
@@ -65,7 +66,7 @@ def test_the_largest_arrays(gpu, case):
 @pytest.mark.parametrize("case", LARGEST)
 def test_larger_arrays_are_refused(gpu, case):
     shape_of, axis, typestr = LARGEST[case]
-    shape = shape_of(MOST_COUNTED + 2**13)
+    shape = shape_of(MOST_COUNTED + 2**15)
     with pytest.raises(ValueError, match=r"x: expected at most 4294836224 slots .*got shape"):
         passes(gpu, shape, axis, typestr)
     for function in (numbabn.batch_norm_stats, lambda x, **a: numbabn.normalize(x, x, x, **a)):

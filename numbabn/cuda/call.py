@@ -160,12 +160,12 @@ def check_apart(name: str, array: CudaArray, other_name: str, other: CudaArray) 
 
 
 def _check_indices(x: CudaArray, view: View) -> None:
-    """Refuse an array whose slots, rows or columns cannot be counted with 32 bits.
+    """Refuse an array whose slots, rows, columns or values per channel take more than 32 bits.
 
     Elements are counted with 64 bits where they have to be; nothing else in a kernel is.
     """
     how = plan(view, x.storage.itemsize)
-    counted = [TABLE_ROWS * view.C, 4 * view.C * how.chunks]  # the table, and the sums of chunks
+    counted = [view.per_channel, TABLE_ROWS * view.C, 4 * view.C * how.chunks]
     if isinstance(how, Planes):
         counted.append(how.N * how.C * how.slots)
     else:
@@ -173,7 +173,7 @@ def _check_indices(x: CudaArray, view: View) -> None:
     if max(counted) > MOST_COUNTED:
         raise ValueError(
             f"x: expected at most {MOST_COUNTED} slots of 16 bytes (64 GiB) for planes of "
-            "channels, and as many columns, rows and sums of chunks otherwise, got shape "
+            "channels, and as many columns, rows, sums of chunks and values per channel, got shape "
             f"{x.shape} of {x.dtype_name}; call with parts of it"
         )
 

@@ -86,7 +86,10 @@ def device_of(value: Any) -> int | None:
         return 0
     if hasattr(value, "__dlpack_device__"):
         return int(value.__dlpack_device__()[1])
-    interface = getattr(value, "__cuda_array_interface__", None)
+    try:
+        interface = getattr(value, "__cuda_array_interface__", None)
+    except Exception:  # a library's own refusal to lend it, which `take` reports
+        return None
     address = interface["data"][0] if interface else 0
     return launch.device_at(address) if address else None
 
