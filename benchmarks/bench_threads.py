@@ -43,6 +43,7 @@ class Threads:
 
     params = (list(PASSES), list(THREADS))
     param_names = ("pass", "threads")
+    version = "1"
     timeout = 300
     unit = "× the speed of 1 thread"
 

@@ -93,22 +93,10 @@ def _check_gradient(given: Any, saved: Saved) -> tuple[Array, Array]:
             f"saved: expected what batch_norm_forward returned, got {type(saved).__name__}"
         )
     grad_output = checks.floating("grad_output", given)
-    if grad_output.shape != saved.shape:
-        raise ValueError(
-            f"grad_output: expected the shape of the saved forward pass, {saved.shape}, "
-            f"got {grad_output.shape}"
-        )
-    if grad_output.dtype != saved.dtype:
-        raise TypeError(
-            f"grad_output: expected the dtype of the saved forward pass, {saved.dtype}, "
-            f"got {grad_output.dtype}"
-        )
+    checks.gradient(grad_output.shape, grad_output.dtype, saved.shape, saved.dtype)
     if grad_output.size and not layout.lies_like(grad_output, saved.view):
         if layout.is_dense(grad_output):
-            raise ValueError(
-                "grad_output: expected the memory layout of the saved forward pass's x, got "
-                f"strides {grad_output.strides}; copy it into that layout first"
-            )
+            raise checks.gradient_layout(grad_output.strides)
         return grad_output, laid_out(grad_output, saved.view)
     return grad_output, grad_output
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,29 @@ def same_kind(name: str, given: Any, x: Array) -> Array:
     return value
 
 
+def gradient(
+    shape: tuple[int, ...], dtype: Any, wanted: tuple[int, ...], wanted_dtype: Any
+) -> None:
+    """`grad_output` has the shape and dtype of the forward pass that was saved."""
+    if shape != wanted:
+        raise ValueError(
+            f"grad_output: expected the shape of the saved forward pass, {wanted}, got {shape}"
+        )
+    if dtype != wanted_dtype:
+        raise TypeError(
+            f"grad_output: expected the dtype of the saved forward pass, {wanted_dtype}, "
+            f"got {dtype}"
+        )
+
+
+def gradient_layout(strides: tuple[int, ...]) -> ValueError:
+    """The error for a `grad_output` without gaps in another memory order than x."""
+    return ValueError(
+        "grad_output: expected the memory layout of the saved forward pass's x, got "
+        f"strides {strides}; copy it into that layout first"
+    )
+
+
 def writable(name: str, value: Any) -> None:
     """Running statistics and `out` are written in place."""
     if not isinstance(value, np.ndarray):
@@ -105,6 +129,15 @@ def writable(name: str, value: Any) -> None:
         )
     if not value.flags.writeable:
         raise ValueError(f"{name}: expected a writable array, got a read-only one")
+
+
+def integer(name: str, value: Any) -> int:
+    """`value` as an int."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        kind = type(value).__name__
+        raise TypeError(f"{name}: expected an integer, got {kind} {value!r}") from None
 
 
 def real(name: str, value: Any) -> float:

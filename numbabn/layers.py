@@ -7,14 +7,14 @@ automatic differentiation: call `backward` yourself, in reverse order of the for
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from numbabn import checks
+from numbabn.backends import device
 from numbabn.backward import batch_norm_backward
 from numbabn.functional import batch_norm, batch_norm_forward
 from numbabn.inference import fold_scale_shift
@@ -43,8 +43,8 @@ class _BatchNorm:
         dtype: DTypeLike = np.float32,
         channel_axis: int = 1,
     ) -> None:
-        self.num_features = C = _integer("num_features", num_features)
-        self.channel_axis = _integer("channel_axis", channel_axis)
+        self.num_features = C = checks.integer("num_features", num_features)
+        self.channel_axis = checks.integer("channel_axis", channel_axis)
         if C < 0:
             raise ValueError(f"num_features: expected 0 or more, got {C}")
         checks.not_negative("eps", eps)
@@ -222,12 +222,20 @@ class _BatchNorm:
                 "backward: expected a forward call before it, one that saves what backward needs"
             )
         needs = (True, self.weight is not None, self.bias is not None)
+        on_host = isinstance(self._saved.table, np.ndarray)
+        for name in ("weight_grad", "bias_grad"):
+            if (total := getattr(self, name)) is not None and checks.is_cuda(total) == on_host:
+                kinds = ("CUDA", "NumPy") if on_host else ("NumPy", "CUDA")
+                raise TypeError(
+                    f"{name}: got a {kinds[0]} array, expected a {kinds[1]} array like the "
+                    "input; call zero_grad() when the layer moves"
+                )
         grads = batch_norm_backward(grad_output, self._saved, needs=needs, out=out, stream=stream)
         grad_input, grad_weight, grad_bias = grads[:3]
         if grad_weight is not None:
-            self.weight_grad = _accumulate(self.weight_grad, grad_weight)
+            self._accumulate("weight_grad", grad_weight, grad_output, stream)
         if grad_bias is not None:
-            self.bias_grad = _accumulate(self.bias_grad, grad_bias)
+            self._accumulate("bias_grad", grad_bias, grad_output, stream)
         return (grad_input, grads[3]) if len(grads) == 4 else grad_input
 
     def zero_grad(self) -> None:
@@ -241,10 +249,9 @@ class _BatchNorm:
 
     def reset_parameters(self) -> None:
         """Set weight to 1, bias to 0, and the running statistics as `reset_running_stats` does."""
-        self.reset_running_stats()
-        self._fill(weight=1, bias=0)
+        self._fill(running_mean=0, running_var=1, num_batches_tracked=0, weight=1, bias=0)
 
-    def state_dict(self, prefix: str = "") -> dict[str, NDArray[Any]]:
+    def state_dict(self, prefix: str = "") -> dict[str, Any]:
         """Everything that training changes, under PyTorch's names.
 
         Parameters
@@ -254,11 +261,15 @@ class _BatchNorm:
 
         Returns
         -------
-        dict of str to ndarray
+        dict of str to array
             Copies of ``weight``, ``bias``, ``running_mean``, ``running_var`` (each of shape (C,))
-            and ``num_batches_tracked`` (int64, shape ()), as far as the layer has them.
+            and ``num_batches_tracked`` (int64, shape ()), as far as the layer has them. Copies of
+            CUDA arrays stay on their device.
         """
-        return {prefix + name: array.copy() for name, array in self._state().items()}
+        return {
+            prefix + name: device().copied(a, name) if checks.is_cuda(a) else a.copy()
+            for name, a in self._state().items()
+        }
 
     def load_state_dict(
         self, state: Mapping[str, Any], prefix: str = "", strict: bool = True
@@ -269,7 +280,8 @@ class _BatchNorm:
         ----------
         state : mapping of str to array_like
             What `state_dict` gives, here or in PyTorch. The values may be anything that
-            `numpy.asarray` takes, and PyTorch tensors on any device.
+            `numpy.asarray` takes, and PyTorch tensors on any device. For CUDA arrays of the layer,
+            CUDA arrays on the same device, or host values if the layer's library copies those.
         prefix : str
             Only keys that begin with it are looked at. With ``"bn1."``, one layer takes its part of
             the state of a whole network.
@@ -292,12 +304,12 @@ class _BatchNorm:
         """
         return load_state(self._state(), state, prefix, strict, optional=("num_batches_tracked",))
 
-    def fold(self) -> tuple[NDArray[Any], NDArray[Any]]:
+    def fold(self) -> tuple[Any, Any]:
         """Scale and shift that do in eval mode what the layer does: ``y = x·scale + shift``.
 
         Returns
         -------
-        scale, shift : ndarray of the layer's dtype, shape (C,)
+        scale, shift : array of the layer's dtype, shape (C,), where the statistics are
             Computed in float64 from the running statistics; see `numbabn.fold_scale_shift`.
 
         Raises
@@ -307,6 +319,12 @@ class _BatchNorm:
         """
         if self.running_mean is None or self.running_var is None:
             raise ValueError("running_mean, running_var: expected arrays to fold, got None")
+        if checks.is_cuda(self.running_mean):
+            there: tuple[Any, Any] = device().fold_scale_shift(
+                self.running_mean, self.running_var, self.weight, self.bias, self.eps,
+                self.dtype.name,
+            )  # fmt: skip
+            return there
         scale, shift = fold_scale_shift(
             self.running_mean, self.running_var, self.weight, self.bias, self.eps
         )
@@ -319,9 +337,23 @@ class _BatchNorm:
         return {name: array for name, array in arrays.items() if array is not None}
 
     def _fill(self, **values: int) -> None:
-        for name, array in self._state().items():
-            if name in values:
-                array[...] = values[name]
+        arrays = {name: array for name, array in self._state().items() if name in values}
+        there = {name: array for name, array in arrays.items() if checks.is_cuda(array)}
+        if there:  # first, since it may find that an array is read-only
+            device().fill({name: (array, values[name]) for name, array in there.items()})
+        for name in arrays.keys() - there.keys():
+            arrays[name][...] = values[name]
+
+    def _accumulate(self, name: str, grad: Any, grad_output: Any, stream: Any) -> None:
+        """Add ``grad`` to a total in place, so that an optimizer may hold on to the array."""
+        total = getattr(self, name)
+        if total is None:
+            setattr(self, name, grad)
+        elif isinstance(grad, np.ndarray):
+            with np.errstate(over="ignore", invalid="ignore"):  # infinities are values
+                total += grad
+        else:
+            device().add(grad_output, name, total, grad, stream)
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         """Refuse an input of another rank or channel count; the rest is checked further down."""
@@ -466,21 +498,3 @@ class BatchNorm3d(_BatchNorm):
     """
 
     _ranks = (5,)
-
-
-def _integer(name: str, value: Any) -> int:
-    """``value`` as an int, or an error that names it."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        kind = type(value).__name__
-        raise TypeError(f"{name}: expected an integer, got {kind} {value!r}") from None
-
-
-def _accumulate(total: Any, grad: Any) -> Any:
-    """Add ``grad`` to ``total`` in place, so that an optimizer may hold on to the array."""
-    if total is None:
-        return grad
-    with np.errstate(over="ignore", invalid="ignore"):  # infinities are values, not accidents
-        total += grad
-    return total

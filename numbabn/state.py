@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from numbabn import checks
+from numbabn.backends import device
+
 __all__ = ["IncompatibleKeys", "host_array", "load_state"]
 
 
@@ -36,7 +39,7 @@ def host_array(value: Any) -> NDArray[Any]:
 
 
 def load_state(
-    own: Mapping[str, NDArray[Any]],
+    own: Mapping[str, Any],
     state: Mapping[str, Any],
     prefix: str,
     strict: bool,
@@ -46,8 +49,8 @@ def load_state(
 
     Parameters
     ----------
-    own : mapping of str to ndarray
-        The arrays to write to, by name without prefix.
+    own : mapping of str to array
+        The arrays to write to, NumPy or CUDA ones, by name without prefix.
     state : mapping of str to array_like
         New values, by name with prefix; other keys are not looked at.
     prefix : str
@@ -89,12 +92,25 @@ def load_state(
         if name in names
     }
     for name, value in values.items():
-        own[name][...] = value
+        if isinstance(value, np.ndarray):
+            own[name][...] = value
+        else:
+            value.write()
     return IncompatibleKeys(missing, unexpected)
 
 
-def _fitted(key: str, value: Any, own: NDArray[Any]) -> NDArray[Any]:
-    """``value`` in the shape and dtype of the array it is for, or an error that names the key."""
+def _fitted(key: str, value: Any, own: Any) -> Any:
+    """``value`` in the shape and dtype of the array it is for, or an error that names the key.
+
+    For an array on a CUDA device it is what will write to it.
+    """
+    if checks.is_cuda(own):
+        return device().Assignment(key, value, own)
+    if checks.is_cuda(value) and not hasattr(value, "detach"):
+        raise TypeError(
+            f"{key}: expected values on the host like the layer's array, got a CUDA array; copy "
+            "it to the host first, or give the layer CUDA arrays"
+        )
     array = host_array(value)
     if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
         raise TypeError(f"{key}: expected real numbers, got dtype {array.dtype}")

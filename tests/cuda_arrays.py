@@ -6,6 +6,7 @@ Launches run in the interpreter of PTX.
 """
 
 import ctypes
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,23 +33,26 @@ class HostArray:
     def __getitem__(self, index):
         return self.like(self.values[index])
 
-    def __iadd__(self, other):
-        self.values += other.values
-        return self
-
     def __array_namespace__(self):
         gpu, kind = self.gpu, self
 
         def empty(shape, dtype, device):
             assert device == kind.device
-            return kind.like(gpu.memory_for(shape, dtype))
+            new = kind.like(gpu.memory_for(shape, dtype))
+            gpu.place(new)
+            return new
 
         def zeros(shape, dtype, device):
             array = empty(shape, dtype, device)
             array.values[...] = 0
             return array
 
+        def asarray(values, device):
+            assert device == kind.device
+            return kind.from_host(values)  # only where a test gives them such a method
+
         return SimpleNamespace(
+            asarray=asarray,
             empty=empty,
             zeros=zeros,
             permute_dims=lambda a, axes: kind.like(a.values.transpose(axes)),
@@ -79,7 +83,7 @@ class DLPackArray(HostArray):
     versioned = True
 
     def __dlpack_device__(self):
-        return 2, 0
+        return 2, int(self.device[-1])
 
     def __dlpack__(self, *, stream=None, max_version=None):
         if max_version is not None and not self.versioned:
@@ -115,6 +119,8 @@ class Gpu(Device):
         super().__init__(seed)
         self.kind = KINDS[kind]
         self.streams, self.followed, self.dlpack_streams = [], [], []
+        self._devices = []  # of arrays: first address, the one after the last, number
+        self.current, self.launched_on = 0, []
         self._kept = []  # the interpreter knows memory by its address
 
     def memory_for(self, shape, dtype, offset=0, writable=True):
@@ -136,9 +142,33 @@ class Gpu(Device):
         memory = self.memory_for(shape, values.dtype, offset, writable)
         memory = memory.transpose([order.index(axis) for axis in range(values.ndim)])
         memory[...] = values
-        return (kind or self.kind)(self, memory, **options)
+        array = (kind or self.kind)(self, memory, **options)
+        self.place(array)
+        return array
+
+    def place(self, array):
+        """Remember which device an array is on."""
+        begin = array.values.ctypes.data
+        self._devices.append((begin, begin + array.values.nbytes, int(array.device[-1])))
+
+    def device_at(self, address):
+        """As `launch.device_at` asks the driver."""
+        found = [number for begin, end, number in self._devices if begin <= address < end]
+        return found[-1] if found else 0
+
+    @contextmanager
+    def on_device(self, number):
+        """Device `number` is the current one, as `launch.on_device` makes it."""
+        before = self.current
+        if number is not None:
+            self.current = number
+        try:
+            yield
+        finally:
+            self.current = before
 
     def _run(self, kernel, grid, block, shared_bytes, stream, arguments):
+        self.launched_on.append(self.current)
         self.streams.append(stream)
         super()._run(kernel, grid, block, shared_bytes, stream, arguments)
 
@@ -164,4 +194,7 @@ def install(monkeypatch, gpu):
     """Let all launches run on `gpu` until the test's end."""
     monkeypatch.setattr(launch, "_runner", gpu._run)
     monkeypatch.setattr(launch, "follow", lambda *streams: gpu.followed.append(streams))
+    monkeypatch.setattr(launch, "device_count", lambda: 2)
+    monkeypatch.setattr(launch, "device_at", gpu.device_at)
+    monkeypatch.setattr(launch, "on_device", gpu.on_device)
     return gpu

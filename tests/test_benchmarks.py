@@ -1,10 +1,13 @@
 """The benchmark suite's parts that have a right answer."""
 
+import importlib
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +18,12 @@ from benchmarks import (
     bench_memory,
     bench_passes,
     bench_ratios,
+    bench_shapes,
     bench_startup,
     bench_threads,
     history,
     peers_numpy,
+    quick,
     site,
     suite,
 )
@@ -172,6 +177,21 @@ def test_history_measures_a_subset_of_what_there_is():
     assert not chosen("bench_shapes.AllShapes.track_mean_time('forward_eval', 'nchw')")
 
 
+def test_tracked_results_are_of_what_the_suite_measures():
+    # asv shows nothing of another version, and takes the list of benchmarks from this file.
+    folder = ROOT / "benchmarks" / "results"
+    listed = json.loads((folder / "benchmarks.json").read_text())
+    files = list(folder.glob("*/*-virtualenv-*.json"))
+    assert len(files) >= 5
+    for file in files:
+        found = json.loads(file.read_text())
+        column = found["result_columns"].index("version")
+        for name, values in found["results"].items():
+            module, owner, _ = name.split(".")
+            version = getattr(importlib.import_module(f"benchmarks.{module}"), owner).version
+            assert version == listed[name]["version"] == values[column], (file.name, name)
+
+
 def page(tmp_path, *more):
     """A page like asv's, that loads every library from some server, and more."""
     addresses = [f"https://cdn.example/x/{library.address}" for library in site.LIBRARIES]
@@ -224,3 +244,67 @@ def test_libraries_are_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(site.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="npm is not installed"):
         site._fetched(library)
+
+
+STARTED = "import benchmarks.quick as q; print(q.is_quick(), q.leave_out('32x64x56x56'))"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["asv", "run", "--quick"], "True True"),
+        (["asv", "run", "-q", "--python=same"], "True True"),
+        (["asv", "run"], "False False"),
+        (["pytest", "-q"], "False False"),
+    ],
+)
+def test_quick_runs_are_known_by_the_command_that_started_them(tmp_path, arguments, expected):
+    if not Path("/proc/self/cmdline").exists():
+        pytest.skip("needs /proc")
+    command = tmp_path / arguments[0]
+    start = f"subprocess.run([sys.executable, '-c', {STARTED!r}])"
+    command.write_text(f"import subprocess, sys\n{start}\n")
+    done = subprocess.run(
+        [sys.executable, str(command), *arguments[1:]],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == expected
+
+
+def test_quick_runs_keep_something_of_every_benchmark(monkeypatch):
+    monkeypatch.setattr(quick, "is_quick", lambda: True)
+    kept = [shape for shape in REPRESENTATIVE if not quick.leave_out(shape)]
+    assert len(kept) == 2
+    assert {cell.split()[0] for cell in bench_ratios.CELLS} >= set(kept)
+    assert not quick.leave_out(bench_passes.ForwardEvalDtypes.params[0][0], "float16")
+    with pytest.raises(NotImplementedError, match="quick"):
+        bench_passes.ForwardEval().setup("32x512x7x7", "nchw")
+    found = bench_shapes.AllShapes().setup_cache()
+    assert len(found) == len(PASSES) * len(LAYOUTS)
+
+
+@pytest.mark.slow
+def test_kernels_are_compiled_ahead(tmp_path):
+    script = """
+from benchmarks import bench_passes, compiled
+compiled.float32_kernels()
+from numbabn.runtime import kernel_counts
+for one in (bench_passes.ForwardTrain, bench_passes.BackwardEval):
+    for shape, layout in (("32x256x14x14", "nchw"), ("1x2048x7x7", "nhwc"), ("65536x64", "nchw")):
+        one().setup(shape, layout)
+print(kernel_counts()[0])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=600,
+    )
+    assert done.stdout.split() == ["0"]

@@ -64,13 +64,20 @@ def test_everybody_computes_the_pass(who, pass_name, layout, dtype, set_threads)
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("pass_name", problem.PASSES)
-def test_probes_move_what_they_say(threads, pass_name, set_threads):
-    first, second, out = (problem.aligned_ones(16 * 37) for _ in range(3))
-    first[...], second[...] = np.arange(first.size), 3 * np.arange(first.size)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_probes_move_the_arrays_of_the_pass(threads, pass_name, dtype, set_threads):
+    as_dtype(dtype)
+    given = small(dtype, shape=(3, 5, 7, 7))
+    kind = np.float64 if dtype == "float64" else np.float32
+    first, second, out = (lines.view(kind) for lines in given.lines)
+    assert np.shares_memory(first, given.x)
+    assert np.shares_memory(second, given.dy)
+    assert given.nbytes <= out.nbytes < given.nbytes + 128
+    assert all(lines.ctypes.data % 64 == 0 for lines in given.lines)
     should = 0.5 * first
     if pass_name.startswith("backward"):
         should = should + 0.5 * second
-    found = list(roofline.probes((first, second, out), pass_name, threads))
+    found = list(roofline.probes(given, pass_name, threads))
     assert len(found) == 2  # ordinary and streaming stores
     for probe in found:
         out.fill(np.nan)
@@ -176,6 +183,9 @@ def test_plot(tmp_path, capsys, threads):
         (["--json", "no/such/folder/x.json"], "--json"),
         (["--plot", "no/such/folder/x.png"], "--plot"),
         (["--plot", "found.txt"], ".png"),
+        (["--json", "x" * 300], "--json"),
+        (["--plot", "/proc/x.png"], "--plot"),
+        (["--shape", ",".join(["2"] + 40 * ["1"])], "at most 32 sizes"),
         (["nonsense"], "nonsense"),
     ],
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,15 +17,17 @@ from pathlib import Path
 
 import numbabn
 from numbabn.bench import problem, report, roofline
-from numbabn.bench.problem import PASSES, Contestant, Problem, aligned_ones
+from numbabn.bench.problem import PASSES, Contestant, Problem
 from numbabn.bench.timing import race
 from numbabn.config import config
 
 __all__ = ["run"]
 
-# Arrays of the input's size that are alive at once: x, grad_output and out, three of the probes',
-# and what PyTorch's and NumPy's passes make.
-ARRAYS = 9
+# Arrays of the input's size that are alive at once: x, grad_output and out, and what
+# PyTorch's and NumPy's passes make.
+ARRAYS = 6
+# NumPy 1's largest number of dimensions.
+MOST_SIZES = 32
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -76,6 +77,8 @@ def _check(arguments: argparse.Namespace, threads: list[int], most: int) -> None
     if max(threads) > most:
         error(f"argument --threads: at most {most} here (NUMBA_NUM_THREADS), got {max(threads)}")
     N, C, *rest = arguments.shape
+    if len(arguments.shape) > MOST_SIZES:
+        error(f"argument --shape: at most {MOST_SIZES} sizes, got {len(arguments.shape)}")
     if N * math.prod(rest) < 2:
         error("argument --shape: training needs more than 1 value per channel")
     needed = ARRAYS * N * C * math.prod(rest) * 8
@@ -90,8 +93,7 @@ def _check(arguments: argparse.Namespace, threads: list[int], most: int) -> None
         path = getattr(arguments, option)
         if path is None or path == "-":
             continue
-        folder = Path(path).parent
-        if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        if not _is_writable(Path(path)):
             error(f"argument --{option}: cannot write {path}")
     if arguments.plot is not None and Path(arguments.plot).suffix.lower() != ".png":
         error(f"argument --plot: expected a name ending in .png, got {arguments.plot}")
@@ -99,13 +101,24 @@ def _check(arguments: argparse.Namespace, threads: list[int], most: int) -> None
         error("argument --plot: matplotlib is not installed (pip install 'numbabn[cli]')")
 
 
+def _is_writable(path: Path) -> bool:
+    """Whether a file can be written; there is none afterwards if there was none before."""
+    try:
+        existed = path.exists()
+        with path.open("ab"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError:
+        return False
+    return True
+
+
 def _measure(
     given: Problem, threads: list[int], against: list[str], seconds: float
 ) -> list[report.Row]:
     """Time everybody, one pass after the other."""
     rows = []
-    vectors = -(-given.nbytes // 64)
-    moved = (aligned_ones(16 * vectors), aligned_ones(16 * vectors), aligned_ones(16 * vectors))
     with _progress() as step:
         for pass_name in PASSES:
             entered: list[Contestant] = []
@@ -113,7 +126,7 @@ def _measure(
                 entered.append(problem.of_numbabn(given, pass_name, count))
                 if "torch" in against:
                     entered.append(problem.of_torch(given, pass_name, count))
-                entered += roofline.probes(moved, pass_name, count)
+                entered += roofline.probes(given, pass_name, count)
             if "numpy" in against:
                 entered.append(problem.of_numpy(given, pass_name))
             timings = race(entered, seconds, partial(step, pass_name))

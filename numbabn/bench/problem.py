@@ -24,12 +24,12 @@ __all__ = [
     "PASSES",
     "Contestant",
     "Problem",
-    "aligned_ones",
     "is_installed",
     "memory_bytes",
     "of_numbabn",
     "of_numpy",
     "of_torch",
+    "whole_lines",
 ]
 
 Array = NDArray[Any]
@@ -62,20 +62,14 @@ def memory_bytes() -> int:
         return 0
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Uninitialized C-contiguous array that begins on a boundary of 64 bytes."""
-    nbytes = prod(shape) * dtype.itemsize
-    raw = np.empty(nbytes + 64, np.uint8)
+def whole_lines(nbytes: int) -> Array:
+    """At least so many bytes, zeros, in pairs of whole cache lines; every page is touched."""
+    size = -(-nbytes // 128) * 128
+    raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
-    array: Array = raw[start : start + nbytes].view(dtype).reshape(shape)
-    return array
-
-
-def aligned_ones(count: int) -> Array:
-    """So many ones in float32: every page is there before anything is timed."""
-    array = aligned_empty((count,), np.dtype(np.float32))
-    array.fill(1)
-    return array
+    lines: Array = raw[start : start + size]
+    lines.fill(0)
+    return lines
 
 
 def _dtype(name: str) -> np.dtype[Any]:
@@ -92,7 +86,8 @@ def _dtype(name: str) -> np.dtype[Any]:
 class Problem:
     """Arrays of one shape (N, C, ...), dtype and layout, random but always the same.
 
-    Half types have parameters and statistics in float32.
+    Half types have parameters and statistics in float32. `lines` is the memory of `x`, `dy` and
+    `out`, for who moves it without looking at what it is.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: str, layout: str) -> None:
@@ -102,12 +97,15 @@ class Problem:
         self.channel_axis = 1 if layout == "nchw" else len(shape) - 1
         sizes = (N, C, *rest) if layout == "nchw" else (N, *rest, C)
         rng = np.random.default_rng(0)
-        self.x, self.dy, self.out = (aligned_empty(sizes, self.dtype) for _ in range(3))
+        nbytes = prod(sizes) * self.dtype.itemsize
+        self.lines = whole_lines(nbytes), whole_lines(nbytes), whole_lines(nbytes)
+        self.x, self.dy, self.out = (
+            lines[:nbytes].view(self.dtype).reshape(sizes) for lines in self.lines
+        )
         # Random numbers cost more than all the passes: a block of a prime length is repeated.
         block = rng.standard_normal(1_000_003, np.float32).astype(self.dtype)
         self.x.reshape(-1)[...] = np.resize(block, self.x.size)
         self.dy.reshape(-1)[...] = np.resize(block[::-1], self.x.size)
-        self.out.fill(0)
         params = np.dtype(np.float64 if dtype == "float64" else np.float32)
         self.running_mean, self.bias = rng.standard_normal((2, C)).astype(params)
         self.running_var, self.weight = rng.uniform(0.5, 2, (2, C)).astype(params)

@@ -1,9 +1,10 @@
 """How fast memory moves: copies and triads that do no arithmetic worth mentioning.
 
 A pass reads each of its inputs at least once and writes one array: that is a copy for the forward
-passes, a triad for the backward ones. The faster of an ordinary and a streaming one, on arrays of
-the same size and with the same number of threads, is the roofline of the pass. It is Numba's code,
-so that no compiler has to be there; benchmarks/bandwidth.py has the same probes in C++.
+passes, a triad for the backward ones. The faster of an ordinary and a streaming one, on the very
+arrays of the pass and with the same number of threads, is its roofline. (On arrays of their own,
+the probes and the passes would push each other out of the last cache.) It is Numba's code, so that
+no compiler has to be there; benchmarks/bandwidth.py has the same probes in C++.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numba
 import numpy as np
 from numba import prange
 
-from numbabn.bench.problem import Array, Contestant
+from numbabn.bench.problem import Contestant, Problem
 from numbabn.cpu.memory import load, pointer, put
 from numbabn.cpu.options import function, kernel, parallel_kernel
 from numbabn.cpu.parallel import share
@@ -49,21 +50,21 @@ def _parallel(first, second, out, vectors, streaming, parts):
         _move(pointer(first), pointer(second), pointer(out), begin, end, streaming)
 
 
-def probes(
-    arrays: tuple[Array, Array, Array], pass_name: str, threads: int
-) -> Iterator[Contestant]:
+def probes(given: Problem, pass_name: str, threads: int) -> Iterator[Contestant]:
     """What bounds a pass from below: an ordinary and a streaming copy, or triad.
 
     Parameters
     ----------
-    arrays : three arrays of float32
-        The first two are read, the last is written; whole vectors, on boundaries of 64 bytes.
+    given : Problem
+        Its input and gradient are read, its output is written.
     pass_name : str
         A forward pass is bounded by a copy, a backward pass by a triad.
     threads : int
         That share the work.
     """
-    first, second, out = arrays
+    # Halves are moved as pairs. Doubles are not, for their lower halves would often be denormal.
+    kind = np.float64 if given.dtype == np.float64 else np.float32
+    first, second, out = (lines.view(kind) for lines in given.lines)
     added = second if pass_name.startswith("backward") else None
     for streaming in (False, True):
         arguments: list[Any] = [first, added, out, first.size // LANES, streaming]

@@ -76,6 +76,15 @@ def count_of(partials, k, c):
 
 
 @inline
+def count_all(partials, c):
+    """How many values each channel has; in a loop of its own, as it is not about vectors."""
+    count = 0.0
+    for k in range(partials.chunks):
+        count += count_of(partials, k, c)
+    return count
+
+
+@inline
 def partial_at(partials, k, field, c, count):
     """`count` channels' numbers, the first being c; 1 in the other lanes."""
     return load_upto(partial_of(partials, k, field), c, count, splat64(1.0))
@@ -163,10 +172,9 @@ def merge_chunks(x, partials, c, lanes):
             partial_at(partials, 0, M2, c, lanes),
         )
     zero = splat64(0.0)
-    count, total, m2 = 0.0, zero, zero
+    count, total, m2 = count_all(partials, c), zero, zero
     if not is_double(x):  # all have one center, and float64 has precision to spare
         for k in range(partials.chunks):
-            count += count_of(partials, k, c)
             total = total + partial_at(partials, k, SUM, c, lanes)
         minus_mean = total * splat64(-1.0 / count)
         for k in range(partials.chunks):
@@ -176,9 +184,8 @@ def merge_chunks(x, partials, c, lanes):
         return count, center, total, m2
     lost = zero
     for k in range(partials.chunks):
-        n = count_of(partials, k, c)
-        count += n
-        apart = (partial_at(partials, k, CENTER, c, lanes) - center) * splat64(n)
+        n = splat64(count_of(partials, k, c))
+        apart = (partial_at(partials, k, CENTER, c, lanes) - center) * n
         total, lost = add_compensated(total, lost, apart)
         total, lost = add_compensated(total, lost, partial_at(partials, k, SUM, c, lanes))
     total = close_sum(total, lost)
@@ -261,7 +268,7 @@ def finish_training(x, partials, channels, first, c, lanes):
     if channels.has_mean:
         update(channels.running_mean, c, lanes, channels.momentum, mean)
     if channels.has_var:
-        update(channels.running_var, c, lanes, channels.momentum, m2 * splat64(1.0 / (count - 1.0)))
+        update(channels.running_var, c, lanes, channels.momentum, m2 / splat64(count - 1.0))
     invstd = inverse_root(fma(m2, per_value, splat64(channels.eps)))
     rounded, _ = round_mean(x, mean)
     # sum(x - rounded), so that nothing underflows even if all of x is subnormal.
@@ -278,9 +285,8 @@ def finish_backward(x, partials, C, first, c, lanes, table, sums, slopes):
     ``dx = a * (dy - mean(dy) - x̂ * mean(dy * x̂))``.
     """
     zero = splat64(0.0)
-    count, sum_dy, sum_dy_xhat, lost_dy, lost_dy_xhat = 0.0, zero, zero, zero, zero
+    sum_dy, sum_dy_xhat, lost_dy, lost_dy_xhat = zero, zero, zero, zero
     for k in range(partials.chunks):
-        count += count_of(partials, k, first)
         chunk_dy = partial_at(partials, k, SUM_DY, first, lanes)
         chunk_dy_xhat = partial_at(partials, k, SUM_DY_XHAT, first, lanes)
         if is_double(x):
@@ -296,7 +302,7 @@ def finish_backward(x, partials, C, first, c, lanes, table, sums, slopes):
     sum_dy_xhat = sum_dy_xhat - finite(rest * sum_dy)
     write(sums, c, lanes, sum_dy)
     write(sums, C + c, lanes, sum_dy_xhat)
-    per_value = splat64(1.0 / count)
+    per_value = splat64(1.0 / count_all(partials, first))
     mean_dy, mean_dy_xhat = sum_dy * per_value, sum_dy_xhat * per_value
     fill_slopes(x, C, c, lanes, mean_dy, mean_dy_xhat, table, slopes)
 

@@ -42,6 +42,7 @@ class CudaArray(NamedTuple):
     stream: int | None  # on which its values come to be; None if they are there
     owner: Any
     capsule: Any = None  # of DLPack, if that is how the memory is lent
+    device: int | None = None  # its number; None if nothing says
 
     @property
     def size(self) -> int:
@@ -76,7 +77,23 @@ def take(name: str, value: Any, stream: int) -> CudaArray:
         raise ValueError(f"{name}: expected an array that lends its memory, got {error}") from error
     if found.size and found.address % found.storage.itemsize:
         raise ValueError(f"{name}: expected an aligned address, got {found.address:#x}")
-    return found
+    return found._replace(device=device_of(value))
+
+
+def device_of(value: Any) -> int | None:
+    """The number of the device that a CUDA array is on, or None if nothing says."""
+    if launch.device_count() == 1:
+        return 0
+    if hasattr(value, "__dlpack_device__"):
+        return int(value.__dlpack_device__()[1])
+    interface = getattr(value, "__cuda_array_interface__", None)
+    address = interface["data"][0] if interface else 0
+    return launch.device_at(address) if address else None
+
+
+def on_device_of(value: Any) -> AbstractContextManager[Any]:
+    """For as long as the context lasts, the device of an array is the current one."""
+    return launch.on_device(device_of(value))
 
 
 def _not_floating(name: str, got: Any) -> TypeError:
@@ -229,6 +246,24 @@ class Library:
     def permute(self, array: Any, axes: tuple[int, ...]) -> Any:
         return array.__array_namespace__().permute_dims(array, axes)
 
+    # The next three say whether the library has such an operation; a kernel does it if not.
+
+    def add(self, target: Any, source: Any, stream: int) -> bool:
+        """``target += source``, both of this library."""
+        return False
+
+    def set(self, target: Any, source: Any, stream: int) -> bool:
+        """``target[...] = source``, both of this library."""
+        return False
+
+    def fill(self, target: Any, value: float, stream: int) -> bool:
+        """``target[...] = value``."""
+        return False
+
+    def from_host(self, like: Any, values: np.ndarray[Any, Any], stream: int) -> Any:
+        """A new array on the device of `like`, with the values and the dtype of a NumPy array."""
+        return like.__array_namespace__().asarray(values, device=like.device)
+
     def empty(
         self, like: Any, shape: tuple[int, ...], order: tuple[int, ...] | None, dtype: str,
         stream: int,
@@ -261,6 +296,25 @@ class _Torch(Library):
     def permute(self, array: Any, axes: tuple[int, ...]) -> Any:
         return array.permute(axes)
 
+    def add(self, target: Any, source: Any, stream: int) -> bool:
+        with self.on(target, stream):
+            target.add_(source)
+        return True
+
+    def set(self, target: Any, source: Any, stream: int) -> bool:
+        with self.on(target, stream):
+            target.copy_(source)
+        return True
+
+    def fill(self, target: Any, value: float, stream: int) -> bool:
+        with self.on(target, stream):
+            target.fill_(value)
+        return True
+
+    def from_host(self, like: Any, values: np.ndarray[Any, Any], stream: int) -> Any:
+        with self.on(like, stream):
+            return modules["torch"].from_numpy(values).to(like.device)
+
 
 class _CuPy(Library):
     def on(self, like: Any, stream: int) -> AbstractContextManager[Any]:
@@ -279,6 +333,25 @@ class _CuPy(Library):
     def permute(self, array: Any, axes: tuple[int, ...]) -> Any:
         return array.transpose(axes)
 
+    def add(self, target: Any, source: Any, stream: int) -> bool:
+        with self.on(target, stream):
+            target += source
+        return True
+
+    def set(self, target: Any, source: Any, stream: int) -> bool:
+        with self.on(target, stream):
+            target[...] = source
+        return True
+
+    def fill(self, target: Any, value: float, stream: int) -> bool:
+        with self.on(target, stream):
+            target.fill(value)
+        return True
+
+    def from_host(self, like: Any, values: np.ndarray[Any, Any], stream: int) -> Any:
+        with self.on(like, stream):
+            return modules["cupy"].asarray(values)
+
 
 class _Numba(Library):
     def new(self, like: Any, shape: tuple[int, ...], dtype: str, zeros: bool = False) -> Any:
@@ -287,6 +360,11 @@ class _Numba(Library):
         if zeros:
             return cuda.to_device(np.zeros(shape, _numpy_dtype(dtype)))
         return cuda.device_array(shape, _numpy_dtype(dtype))
+
+    def from_host(self, like: Any, values: np.ndarray[Any, Any], stream: int) -> Any:
+        from numba import cuda
+
+        return cuda.to_device(values, stream=launch.stream_object(stream))
 
     def empty(
         self, like: Any, shape: tuple[int, ...], order: tuple[int, ...] | None, dtype: str,

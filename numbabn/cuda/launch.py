@@ -8,7 +8,7 @@ kept on disk. `launch` hands launches to a runner: Numba's, or in tests one that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,31 @@ def _require_driver() -> None:
             "NVIDIA's driver, and numba-cuda for its version (pip install 'numbabn[cuda13]' or "
             "'numbabn[cuda12]')"
         )
+
+
+@cache
+def device_count() -> int:
+    """How many devices there are; 1 if there is no driver, which a launch will say."""
+    return len(cuda.gpus) if cuda.is_available() else 1
+
+
+def device_at(address: int) -> int:
+    """The number of the device that an address belongs to."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    error, number = driver.cuPointerGetAttribute(attribute, driver.CUdeviceptr(address))
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise ValueError(f"expected an address of a CUDA device, got {address:#x}: {error.name}")
+    return int(number)
+
+
+def on_device(number: int | None) -> AbstractContextManager[Any]:
+    """That device is the current one in this context, and afterwards the one that was."""
+    if number is None or device_count() == 1:
+        return nullcontext()
+    context: AbstractContextManager[Any] = cuda.gpus[number]
+    return context
 
 
 def follow(stream: int, other: int) -> None:
