@@ -74,7 +74,7 @@ PIECE = 1024
 
 @inline
 def boundary_before(target, bits, i):
-    """The last boundary of 64 bytes up to ``target[i]``; i itself with bits."""
+    """The last boundary up to ``target[i]`` that `stream` may store at; i itself with bits."""
     if bits is None:  # noqa: SIM102 - see `head_of`
         if target is not None:
             return i - elements_past_boundary(target, i)
@@ -83,7 +83,7 @@ def boundary_before(target, bits, i):
 
 @inline
 def rows_aligned(io, L):
-    """Whether planes begin on boundaries of 64 bytes where the gradients are stored."""
+    """Whether planes of the gradients begin on boundaries that `stream` may store at."""
     return (
         boundary_before(io.grad_input, None, 0) == 0
         and boundary_before(io.grad_input, None, L) == L
@@ -171,6 +171,15 @@ def blend_slopes(count, a, b):
     )
 
 
+@inline
+def gradient_head(io, i, end, streaming):
+    """`head_of`, for whichever of the gradients are stored: all lie alike."""
+    return max(
+        head_of(io.grad_input, io.bits, i, end, streaming),
+        head_of(io.grad_residual, io.bits, i, end, streaming),
+    )
+
+
 @function
 def gradient_run(io, i, end, turn, L, bit, table, slopes, C, c, relu, streaming):
     """The gradients of elements i:end; eval mode's if `slopes` is None, else training's.
@@ -178,13 +187,18 @@ def gradient_run(io, i, end, turn, L, bit, table, slopes, C, c, relu, streaming)
     Vectors go on from one plane into the next as in `normalization.normalize_run`.
     """
     affine, own = affine_of(io.x, table, C, c), slopes_of(io.x, slopes, C, c)
-    head = max(
-        head_of(io.grad_input, io.bits, i, min(end, turn), streaming),
-        head_of(io.grad_residual, io.bits, i, min(end, turn), streaming),
-    )
+    head = gradient_head(io, i, min(end, turn), streaming)
     if head > 0:
         gradient_part(io, i, bit, head, affine, own, relu)
         i += head
+    if i == turn and turn < end:  # the rest of a plane ended before the boundary
+        c = c + 1 if c + 1 < C else 0
+        affine, own = affine_of(io.x, table, C, c), slopes_of(io.x, slopes, C, c)
+        turn += L
+        head = gradient_head(io, i, min(end, turn), streaming)
+        if head > 0:
+            gradient_part(io, i, bit, head, affine, own, relu)
+            i += head
     while turn < end:
         while i + LANES <= turn:
             put_gradient(io, i, bit, affine, own, relu, streaming)

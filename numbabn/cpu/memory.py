@@ -145,6 +145,11 @@ def offset(typingctx: Any, source: Any, index: Any) -> Any:
     return source(source, types.int64), codegen
 
 
+def _boundary(pointer: Any) -> int:
+    """Bytes that the address of a streaming store has to be a multiple of."""
+    return int(min(64, LANES * pointer.dtype.bitwidth // 8))
+
+
 @intrinsic
 def load(typingctx: Any, source: Any, index: Any) -> Any:
     """``source[index : index + 16]``."""
@@ -194,7 +199,7 @@ def stream(typingctx: Any, target: Any, index: Any, value: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         encoded = _encode(builder, target, args[2])
         place = _at(builder, args[0], args[1], encoded.type)
-        instruction = builder.store(encoded, place, align=min(64, 2 * target.dtype.bitwidth))
+        instruction = builder.store(encoded, place, align=_boundary(target))
         instruction.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
         return context.get_dummy_value()
 
@@ -285,27 +290,36 @@ def prefetch(typingctx: Any, source: Any, index: Any) -> Any:
     return types.void(source, types.int64), codegen
 
 
-@intrinsic
-def elements_to_boundary(typingctx: Any, source: Any, index: Any) -> Any:
-    """Elements from ``source[index]`` to the next multiple of 64 bytes in memory."""
+def _past_boundary(builder: Any, source: Any, pointer: Any, index: Any) -> Any:
+    """Elements from the last boundary that `stream` may store at, up to ``pointer[index]``."""
+    address = builder.ptrtoint(builder.gep(pointer, [index]), I64)
     size = source.dtype.bitwidth // 8
+    return builder.lshr(
+        builder.and_(address, I64(_boundary(source) - 1)), I64(size.bit_length() - 1)
+    )
+
+
+@intrinsic
+def elements_past_boundary(typingctx: Any, source: Any, index: Any) -> Any:
+    """Elements from the last boundary that `stream` may store at, up to ``source[index]``.
+
+    Fewer than 16: the boundaries of vectors of 16-bit values are multiples of 32 bytes, else of 64.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        address = builder.ptrtoint(builder.gep(args[0], [args[1]]), I64)
-        gap = builder.and_(builder.neg(address), I64(63))
-        return builder.lshr(gap, I64(size.bit_length() - 1))
+        return _past_boundary(builder, source, *args)
 
     return types.int64(source, types.int64), codegen
 
 
 @intrinsic
-def elements_past_boundary(typingctx: Any, source: Any, index: Any) -> Any:
-    """Elements from the last multiple of 64 bytes in memory up to ``source[index]``."""
-    size = source.dtype.bitwidth // 8
+def elements_to_boundary(typingctx: Any, source: Any, index: Any) -> Any:
+    """Elements from ``source[index]`` to the next such boundary; 0 if it is on one."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        address = builder.ptrtoint(builder.gep(args[0], [args[1]]), I64)
-        return builder.lshr(builder.and_(address, I64(63)), I64(size.bit_length() - 1))
+        per_boundary = I64(_boundary(source) // (source.dtype.bitwidth // 8))
+        past = _past_boundary(builder, source, *args)
+        return builder.and_(builder.neg(past), builder.sub(per_boundary, I64(1)))
 
     return types.int64(source, types.int64), codegen
 
@@ -358,5 +372,5 @@ def put(target, index, count, value, streaming):
 
 @inline
 def aligned(source):
-    """The first element at or after `source` that is on a boundary of 64 bytes."""
+    """The first number at or after `source`, scratch memory, that is on a boundary of 64 bytes."""
     return offset(source, elements_to_boundary(source, 0))

@@ -158,6 +158,14 @@ def normalize_run(io, i, end, turn, L, bit, table, C, c, floor, streaming):
     if head > 0:
         normalize_part(io, i, bit, head, affine, floor)
         i += head
+    if i == turn and turn < end:  # the rest of a plane ended before the boundary
+        c = c + 1 if c + 1 < C else 0
+        affine = affine_of(io.x, table, C, c)
+        turn += L
+        head = head_of(io.out, io.bits, i, min(end, turn), streaming)
+        if head > 0:
+            normalize_part(io, i, bit, head, affine, floor)
+            i += head
     while turn < end:
         while i + LANES <= turn:
             put_normalized(io, i, bit, normalized(io, i, affine), lowest, streaming)

@@ -1,0 +1,114 @@
+"""Stores past the caches give the bits of ordinary ones, wherever an array begins in memory.
+
+They want addresses on boundaries, which `schedule` asks of large arrays only; here of all.
+"""
+
+import numpy as np
+import pytest
+from support import as_dtype, same_bits
+
+import numbabn
+from numbabn import layout
+from numbabn.cpu import schedule, serial
+
+DTYPES = ["float32", "float64", "float16", "bfloat16"]
+# Planes that are columns to sums (4×4, 5×5), planes with an end that is no vector, with none, and
+# of a few channels; channels last, in whole vectors and not; long rows.
+SHAPES = {
+    "4x4": ((64, 40, 4, 4), 1),
+    "5x5": ((40, 48, 5, 5), 1),
+    "16x17": ((16, 9, 16, 17), 1),
+    "16x16": ((16, 9, 16, 16), 1),
+    "chunks": ((2, 3, 7001), 1),
+    "channels last": ((30, 40, 48), -1),
+    "odd channels last": ((30, 40, 37), -1),
+}
+
+
+def place(shape, dtype, past):
+    """An uninitialised array that begins `past` elements after a multiple of 64 bytes."""
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(nbytes + 128, np.uint8)
+    at = -raw.ctypes.data % 64 + past * dtype.itemsize
+    return raw[at : at + nbytes].view(dtype).reshape(shape)
+
+
+def results(shape, axis, dtype, past, options):
+    """Outputs of the four passes into arrays that begin `past` elements after a boundary."""
+    rng = np.random.default_rng(1)
+    x, dy, residual, out = (place(shape, dtype, past) for _ in range(4))
+    for array in (x, dy, residual):
+        array[...] = rng.standard_normal(shape).astype(dtype)
+    C = shape[axis]
+    options = {**options, "residual": residual} if options.pop("skip", False) else options
+    found = []
+    for training in (True, False):
+        mean, var = np.full(C, 0.25, np.float32), np.full(C, 2, np.float32)
+        out.view(np.uint8)[...] = 0xAB
+        _, saved = numbabn.batch_norm_forward(
+            x, mean, var, training=training, channel_axis=axis, out=out, **options
+        )
+        found.append(out.copy())
+        out.view(np.uint8)[...] = 0xAB
+        found += numbabn.batch_norm_backward(dy, saved, out=out)[1:]
+        found.append(out.copy())
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "relu", "skip": True}], ids=["", "skip"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", SHAPES)
+def test_outputs_that_begin_anywhere(monkeypatch, case, dtype, options):
+    shape, axis = SHAPES[case]
+    dtype = as_dtype(dtype)
+    assert np.prod(shape) >= schedule.PARALLEL_FROM["omp"]  # smaller ones have their own kernels
+    for past in sorted({0, 1, 5, 16 // dtype.itemsize, 40 // dtype.itemsize}):
+        ordinary, streamed = [], []
+        for limit, found in ((1 << 60, ordinary), (0, streamed)):
+            monkeypatch.setattr(schedule, "_too_large_for_cache", lambda limit=limit: limit)
+            found += results(shape, axis, dtype, past, dict(options))
+        for a, b in zip(ordinary, streamed, strict=True):
+            assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("past", [0, 1, 11])
+def test_a_range_that_begins_near_the_end_of_a_plane(past):
+    # 6 elements of a plane are left, fewer than may lie before the boundary.
+    N, C, L, segment = 3, 4, 70, 64
+    x = np.random.default_rng(2).standard_normal(N * C * L).astype(np.float32)
+    table = np.arange(6.0 * C).reshape(6, C) + 1
+    slopes = np.arange(3.0 * C).reshape(3, C)
+    nothing = np.empty(0, np.float32)
+    items = N * C * 2
+    found = {}
+    for streaming in (False, True):
+        y, dx = (place((x.size,), x.dtype, past) for _ in range(2))
+        y[...], dx[...] = 7, 7
+        serial.normalize_planes(
+            x, None, None, y, C, L, segment, nothing, nothing, nothing, nothing, 0.0, table,
+            -np.inf, streaming, 1, items,
+        )  # fmt: skip
+        serial.backward_elements_planes(
+            x, x, None, dx, None, C, L, segment, table, slopes, False, streaming, 1, items
+        )
+        assert (y[:segment] == 7).all()
+        assert (dx[:segment] == 7).all()
+        found[streaming] = y, dx
+    for a, b in zip(found[False], found[True], strict=True):
+        assert same_bits(a, b)
+    scale, shift, mean = table[3, 0], table[4, 0], table[0, 0]
+    expected = (x[segment:L] - mean) * scale + shift
+    np.testing.assert_allclose(found[True][0][segment:L], expected, rtol=1e-5)
+
+
+def test_layouts_are_as_meant():
+    views = {name: layout.describe(*_of(*case)) for name, case in SHAPES.items()}
+    assert {name for name, view in views.items() if view.columns and view.L >= 16} == {"4x4", "5x5"}
+    assert {name for name, view in views.items() if not view.columns} == {
+        "16x17", "16x16", "chunks"
+    }  # fmt: skip
+
+
+def _of(shape, axis):
+    x = np.empty(shape, np.float32)
+    return x.shape, x.strides, x.itemsize, axis % x.ndim
