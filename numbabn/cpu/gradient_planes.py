@@ -1,4 +1,4 @@
-"""The backward pass over planes; see `gradients`, and `normalization.normalize_run`."""
+"""The backward pass over planes; see `gradients`, and `runs` for how elements are gone through."""
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from numbabn.cpu.memory import elements_past_boundary, load, offset, store
 from numbabn.cpu.normalization import affine_of, blend_affine, head_of
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reductions import reach_from
+from numbabn.cpu.runs import along_planes, along_rows
 from numbabn.cpu.vector import LANES, blend, fma, splat64, splat_like, sum_lanes, widen
 
 
@@ -92,6 +93,64 @@ def rows_aligned(io, L):
     )
 
 
+@inline
+def slopes_of(x, slopes, C, c):
+    """Channel c's numbers, in all lanes; None of None."""
+    if slopes is None:
+        return None
+    return Slopes(
+        splat_like(x, slopes[GRAD_MEAN * C + c]),
+        splat_like(x, slopes[SLOPE * C + c]),
+        splat_like(x, slopes[OFFSET * C + c]),
+    )
+
+
+@inline
+def blend_slopes(count, a, b):
+    """`a` in the first `count` lanes, `b` in the others."""
+    if a is None:
+        return None
+    return Slopes(
+        blend(count, a.grad_mean, b.grad_mean),
+        blend(count, a.slope, b.slope),
+        blend(count, a.offset, b.offset),
+    )
+
+
+@inline
+def numbers_of(io, table, slopes, C, c):
+    return affine_of(io.x, table, C, c), slopes_of(io.x, slopes, C, c)
+
+
+@inline
+def mix(count, a, b):
+    return blend_affine(count, a[0], b[0]), blend_slopes(count, a[1], b[1])
+
+
+@inline
+def gradient_head(io, i, end, streaming):
+    """`head_of`, for whichever of the gradients are stored: all lie alike."""
+    return max(
+        head_of(io.grad_input, io.bits, i, end, streaming),
+        head_of(io.grad_residual, io.bits, i, end, streaming),
+    )
+
+
+@inline
+def part(io, i, bit, count, numbers, relu):
+    gradient_part(io, i, bit, count, numbers[0], numbers[1], relu)
+
+
+@inline
+def whole(io, i, bit, numbers, relu, streaming):
+    put_gradient(io, i, bit, numbers[0], numbers[1], relu, streaming)
+
+
+# Eval mode's gradients where `slopes` is None, else training's.
+gradient_run = along_planes(numbers_of, mix, gradient_head, part, whole)
+gradient_runs = along_rows(gradient_run)
+
+
 @function
 def store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, fresh, work):
     """Add columns l0:l1 of row n of channels c0:c1 to the sums, and store past the caches.
@@ -145,82 +204,3 @@ def plane_grad_chunk(
         partial_of(partials, k, COUNT)[at + j] = np.float64((n1 - n0) * (l1 - l0))
         partial_of(partials, k, SUM_DY)[at + j] = sum_lanes(load(work, j * 2 * LANES))
         partial_of(partials, k, SUM_DY_XHAT)[at + j] = sum_lanes(load(work, (2 * j + 1) * LANES))
-
-
-@inline
-def slopes_of(x, slopes, C, c):
-    """Channel c's numbers, in all lanes; None of None."""
-    if slopes is None:
-        return None
-    return Slopes(
-        splat_like(x, slopes[GRAD_MEAN * C + c]),
-        splat_like(x, slopes[SLOPE * C + c]),
-        splat_like(x, slopes[OFFSET * C + c]),
-    )
-
-
-@inline
-def blend_slopes(count, a, b):
-    """`a` in the first `count` lanes, `b` in the others."""
-    if a is None:
-        return None
-    return Slopes(
-        blend(count, a.grad_mean, b.grad_mean),
-        blend(count, a.slope, b.slope),
-        blend(count, a.offset, b.offset),
-    )
-
-
-@inline
-def gradient_head(io, i, end, streaming):
-    """`head_of`, for whichever of the gradients are stored: all lie alike."""
-    return max(
-        head_of(io.grad_input, io.bits, i, end, streaming),
-        head_of(io.grad_residual, io.bits, i, end, streaming),
-    )
-
-
-@function
-def gradient_run(io, i, end, turn, L, bit, table, slopes, C, c, relu, streaming):
-    """The gradients of elements i:end; eval mode's if `slopes` is None, else training's.
-
-    Vectors go on from one plane into the next as in `normalization.normalize_run`.
-    """
-    affine, own = affine_of(io.x, table, C, c), slopes_of(io.x, slopes, C, c)
-    head = gradient_head(io, i, min(end, turn), streaming)
-    if head > 0:
-        gradient_part(io, i, bit, head, affine, own, relu)
-        i += head
-    if i == turn and turn < end:  # the rest of a plane ended before the boundary
-        c = c + 1 if c + 1 < C else 0
-        affine, own = affine_of(io.x, table, C, c), slopes_of(io.x, slopes, C, c)
-        turn += L
-        head = gradient_head(io, i, min(end, turn), streaming)
-        if head > 0:
-            gradient_part(io, i, bit, head, affine, own, relu)
-            i += head
-    while turn < end:
-        while i + LANES <= turn:
-            put_gradient(io, i, bit, affine, own, relu, streaming)
-            i += LANES
-            bit += 1
-        c = c + 1 if c + 1 < C else 0
-        next_affine, next_own = affine_of(io.x, table, C, c), slopes_of(io.x, slopes, C, c)
-        if i < turn:
-            if io.bits is None and i + LANES <= end:
-                mixed = blend_affine(turn - i, affine, next_affine)
-                mixed_own = blend_slopes(turn - i, own, next_own)
-                put_gradient(io, i, bit, mixed, mixed_own, relu, streaming)
-                i += LANES
-            else:
-                gradient_part(io, i, bit, turn - i, affine, own, relu)
-                i = turn
-            bit += 1
-        affine, own = next_affine, next_own
-        turn += L
-    while i + LANES <= end:
-        put_gradient(io, i, bit, affine, own, relu, streaming)
-        i += LANES
-        bit += 1
-    if i < end:
-        gradient_part(io, i, bit, end - i, affine, own, relu)

@@ -15,10 +15,9 @@ from numbabn.cpu.chunks import chunk_of, keep_alive, partials_of, room
 from numbabn.cpu.gradient_columns import (
     column_elements,
     column_grad_chunk,
-    gradient_runs,
     spread_slopes,
 )
-from numbabn.cpu.gradient_planes import gradient_run, plane_grad_chunk
+from numbabn.cpu.gradient_planes import gradient_run, gradient_runs, plane_grad_chunk
 from numbabn.cpu.gradients import Backward
 from numbabn.cpu.memory import (
     aligned,
