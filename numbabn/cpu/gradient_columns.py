@@ -25,7 +25,7 @@ from numbabn.cpu.gradients import (
 from numbabn.cpu.memory import load, offset, put, store
 from numbabn.cpu.normalization import MOST_IN_CACHE, affine_at, head_of
 from numbabn.cpu.options import function, inline
-from numbabn.cpu.reductions import fold_all, rows_ahead, spread
+from numbabn.cpu.reduction_columns import fold_all, rows_ahead, spread
 from numbabn.cpu.vector import LANES, splat64, widen
 
 

@@ -14,62 +14,102 @@ from numbabn.cpu.gradients import (
     read_pair,
     sum_part,
 )
-from numbabn.cpu.memory import elements_past_boundary, load, offset, store
+from numbabn.cpu.memory import elements_past_boundary, offset, put, store
 from numbabn.cpu.normalization import affine_of, blend_affine, head_of
 from numbabn.cpu.options import function, inline
-from numbabn.cpu.reductions import reach_from
+from numbabn.cpu.reduction_planes import go_together, kept, reach_from, sum_sixteen
 from numbabn.cpu.runs import along_planes, along_rows
-from numbabn.cpu.vector import LANES, blend, fma, splat64, splat_like, sum_lanes, widen
+from numbabn.cpu.vector import LANES, blend, fma, splat64, splat_like, widen
 
 
 @function
-def add_plane_grads(io, C, L, c, n, l0, l1, table, relu, streaming, fresh, work):
-    """Add columns l0:l1 of row n of channel c to the 16 lanes of its two sums in `work`.
+def add_plane_grads(io, i, L, channels, lane, bit, table, C, c, relu, streaming, fresh, work):
+    """Add planes of L elements from i on, of channels c:c+channels, to their two sums in `work`.
 
-    Begins with nothing if `fresh`. These are the sums of g and of ``g * (x - MEAN) * UNIT``.
+    Those are the sums of g and of ``g * (x - MEAN) * UNIT``, gone through as in `add_planes`.
     Stores what eval mode knows.
     """
+    zero = splat_like(io.x, 0.0)
     affine = affine_of(io.x, table, C, c)
-    total, products = splat64(0.0), splat64(0.0)
-    if not fresh:
-        total, products = load(work, 0), load(work, LANES)
-    row = n * C + c
-    i = row * L + l0
-    end = i + l1 - l0
-    bit = row * ((L + LANES - 1) // LANES) + l0 // LANES
-    while i + 4 * LANES <= end:
-        g0, x0 = read_pair(io, i, bit, affine, relu)
-        g1, x1 = read_pair(io, i + LANES, bit + 1, affine, relu)
-        g2, x2 = read_pair(io, i + 2 * LANES, bit + 2, affine, relu)
-        g3, x3 = read_pair(io, i + 3 * LANES, bit + 3, affine, relu)
-        put_pair(io, i, LANES, g0, x0, affine, None, streaming)
-        put_pair(io, i + LANES, LANES, g1, x1, affine, None, streaming)
-        put_pair(io, i + 2 * LANES, LANES, g2, x2, affine, None, streaming)
-        put_pair(io, i + 3 * LANES, LANES, g3, x3, affine, None, streaming)
-        few, few_products = add_four(g0, x0, g1, x1, g2, x2, g3, x3, affine.unit)
-        total = total + widen(few)
-        products = products + widen(few_products)
-        i += 4 * LANES
-        bit += 4
-    few = splat_like(io.x, 0.0)
-    few_products = few
-    while i + LANES <= end:
-        g, xmu = read_pair(io, i, bit, affine, relu)
-        put_pair(io, i, LANES, g, xmu, affine, None, streaming)
-        few = few + g
-        few_products = fma(g, xmu * affine.unit, few_products)
-        i += LANES
-        bit += 1
-    if i < end:
-        g, xhat = sum_part(io, i, bit, end - i, affine, relu)
-        few = few + g
-        few_products = fma(g, xhat, few_products)
-    store(work, 0, total + widen(few))
-    store(work, LANES, products + widen(few_products))
+    turn = i + L
+    few, few_products = zero, zero
+    if lane > 0:
+        g, xmu = read_pair(io, i - lane, bit, affine, relu)
+        few = blend(lane, zero, g)
+        few_products = blend(lane, zero, g * (xmu * affine.unit))
+        gradient_part(io, i, bit, LANES - lane, affine, None, relu)  # after it was read
+        i += LANES - lane
+    for j in range(channels):
+        total, products = kept(work, j, fresh)
+        while i + 4 * LANES <= turn:
+            g0, x0 = read_pair(io, i, bit, affine, relu)
+            g1, x1 = read_pair(io, i + LANES, bit + 1, affine, relu)
+            g2, x2 = read_pair(io, i + 2 * LANES, bit + 2, affine, relu)
+            g3, x3 = read_pair(io, i + 3 * LANES, bit + 3, affine, relu)
+            put_pair(io, i, LANES, g0, x0, affine, None, streaming)
+            put_pair(io, i + LANES, LANES, g1, x1, affine, None, streaming)
+            put_pair(io, i + 2 * LANES, LANES, g2, x2, affine, None, streaming)
+            put_pair(io, i + 3 * LANES, LANES, g3, x3, affine, None, streaming)
+            four, four_products = add_four(g0, x0, g1, x1, g2, x2, g3, x3, affine.unit)
+            total = total + widen(four)
+            products = products + widen(four_products)
+            i += 4 * LANES
+            bit += 4
+        while i + LANES <= turn:
+            g, xmu = read_pair(io, i, bit, affine, relu)
+            put_pair(io, i, LANES, g, xmu, affine, None, streaming)
+            few = few + g
+            few_products = fma(g, xmu * affine.unit, few_products)
+            i += LANES
+            bit += 1
+        rest = turn - i
+        next_few, next_products = zero, zero
+        if j + 1 < channels:
+            following = affine_of(io.x, table, C, c + j + 1)
+            if rest > 0:
+                mixed = blend_affine(rest, affine, following)
+                g, xmu = read_pair(io, i, bit, mixed, relu)
+                put_pair(io, i, LANES, g, xmu, mixed, None, streaming)
+                product = g * (xmu * mixed.unit)
+                few = few + blend(rest, g, zero)
+                few_products = few_products + blend(rest, product, zero)
+                next_few, next_products = blend(rest, zero, g), blend(rest, zero, product)
+                i += LANES
+            affine = following
+        elif rest > 0:
+            g, xhat = sum_part(io, i, bit, rest, affine, relu)
+            few = few + g
+            few_products = few_products + g * xhat  # not fused, as above
+        store(work, j * 2 * LANES, total + widen(few))
+        store(work, (2 * j + 1) * LANES, products + widen(few_products))
+        few, few_products = next_few, next_products
+        turn += L
+
+
+@function
+def add_row_grads(io, C, L, c0, c1, n, l0, l1, table, relu, streaming, fresh, work):
+    """Columns l0:l1 of row n of channels c0:c1; see `add_plane_grads`."""
+    if go_together(L, l0, l1) and without(io.bits):
+        i, lane = (n * C + c0) * L, (c0 * L) % LANES
+        add_plane_grads(io, i, L, c1 - c0, lane, 0, table, C, c0, relu, streaming, fresh, work)
+    else:
+        row_bits = (L + LANES - 1) // LANES
+        for c in range(c0, c1):
+            row = n * C + c
+            add_plane_grads(
+                io, row * L + l0, l1 - l0, 1, 0, row * row_bits + l0 // LANES, table, C, c, relu,
+                streaming, fresh, offset(work, (c - c0) * 2 * LANES),
+            )  # fmt: skip
+
+
+@inline
+def without(bits):
+    """Whether there are no bits, which begin anew with each plane."""
+    return bits is None
 
 
 # Elements of planes that are summed before what eval mode knows of them is stored: two arrays of
-# them stay in L1. A multiple of 64, so that it changes no sum.
+# them stay in L1. A multiple of 64 and no less than `LONG_PLANE`, so that it changes no sum.
 PIECE = 1024
 
 
@@ -159,15 +199,18 @@ def store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, fresh, wor
     """
     row_bits = (L + LANES - 1) // LANES
     first, i = c0, (n * C + c0) * L + l0  # what is to be stored next, and its channel
-    for c in range(c0, c1):
-        row = (n * C + c) * L
+    few = max(1, PIECE // L) if without(io.bits) else 1
+    for c in range(c0, c1, few):
+        last = min(c1, c + few) - 1
+        lanes = offset(work, (c - c0) * 2 * LANES)
         for left in range(l0, l1, PIECE):
             right = min(l1, left + PIECE)
-            lanes = offset(work, (c - c0) * 2 * LANES)
             new = fresh and left == l0
-            add_plane_grads(reading, C, L, c, n, left, right, table, relu, False, new, lanes)
-            end = row + right
-            at_end = c + 1 == c1 and right == l1
+            add_row_grads(
+                reading, C, L, c, last + 1, n, left, right, table, relu, False, new, lanes
+            )
+            end = (n * C + last) * L + right
+            at_end = last + 1 == c1 and right == l1
             if at_end or end - i >= PIECE // 2:
                 if not at_end:
                     end = min(
@@ -178,7 +221,7 @@ def store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, fresh, wor
                 bit = place * row_bits + (i - place * L) // LANES
                 turn = (place + 1) * L
                 gradient_run(io, i, end, turn, L, bit, table, None, C, first, relu, True)
-                first, i = c, end
+                first, i = last, end
 
 
 @function
@@ -197,10 +240,9 @@ def plane_grad_chunk(
             store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, n == n0, work)
         else:
             own = read_ahead(io, ahead)
-            for c in range(c0, c1):
-                lanes = offset(work, (c - c0) * 2 * LANES)
-                add_plane_grads(own, C, L, c, n, l0, l1, table, relu, streaming, n == n0, lanes)
-    for j in range(c1 - c0):
-        partial_of(partials, k, COUNT)[at + j] = np.float64((n1 - n0) * (l1 - l0))
-        partial_of(partials, k, SUM_DY)[at + j] = sum_lanes(load(work, j * 2 * LANES))
-        partial_of(partials, k, SUM_DY_XHAT)[at + j] = sum_lanes(load(work, (2 * j + 1) * LANES))
+            add_row_grads(own, C, L, c0, c1, n, l0, l1, table, relu, streaming, n == n0, work)
+    lanes, count = c1 - c0, splat64(np.float64((n1 - n0) * (l1 - l0)))
+    put(partial_of(partials, k, COUNT), at, lanes, count, False)
+    put(partial_of(partials, k, SUM_DY), at, lanes, sum_sixteen(work, 2 * LANES), False)
+    products = sum_sixteen(offset(work, LANES), 2 * LANES)
+    put(partial_of(partials, k, SUM_DY_XHAT), at, lanes, products, False)

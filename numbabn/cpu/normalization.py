@@ -23,7 +23,7 @@ from numbabn.cpu.memory import (
     put,
 )
 from numbabn.cpu.options import function, inline
-from numbabn.cpu.reductions import spread
+from numbabn.cpu.reduction_columns import spread
 from numbabn.cpu.runs import along_planes, along_rows
 from numbabn.cpu.vector import (
     LANES,

@@ -29,7 +29,7 @@ from numbabn.cpu.memory import (
 )
 from numbabn.cpu.normalization import COLUMN_ROWS, columns_of, runs_on, spread_affine
 from numbabn.cpu.options import inline, kernel
-from numbabn.cpu.reductions import PLANE_WORK, reach_of
+from numbabn.cpu.reduction_planes import PLANE_WORK, reach_of
 from numbabn.cpu.vector import LANES, splat64
 
 # fmt: off

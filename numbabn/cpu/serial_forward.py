@@ -28,7 +28,8 @@ from numbabn.cpu.normalization import (
     spread_affine,
 )
 from numbabn.cpu.options import inline, kernel
-from numbabn.cpu.reductions import PLANE_WORK, column_chunk, plane_chunk, reach_of
+from numbabn.cpu.reduction_columns import column_chunk
+from numbabn.cpu.reduction_planes import PLANE_WORK, plane_chunk, reach_of
 from numbabn.cpu.vector import LANES, splat64
 
 # fmt: off
