@@ -23,7 +23,7 @@ from numbabn import pool
 Array = NDArray[Any]
 
 # Planes shorter than this are taken as columns (measured, see docs/architecture.md).
-SHORT_PLANE = 128
+SHORT_PLANE = 32
 # Likewise a single row of them; a vector of 16 then lies in two planes at most.
 SHORTEST_PLANE = 16
 # Elements up to which one kernel in one thread is done with eval's forward pass, checks included,

@@ -17,13 +17,37 @@ from numbabn.cpu.gradients import (
 from numbabn.cpu.memory import elements_past_boundary, offset, put, store
 from numbabn.cpu.normalization import affine_of, blend_affine, head_of
 from numbabn.cpu.options import function, inline
-from numbabn.cpu.reduction_planes import go_together, kept, reach_from, sum_sixteen
+from numbabn.cpu.reduction_planes import go_together, in_pairs, kept, reach_from, sum_sixteen
 from numbabn.cpu.runs import along_planes, along_rows
 from numbabn.cpu.vector import LANES, blend, fma, splat64, splat_like, widen
 
 
+@inline
+def add_vector(io, i, K, bit, affine, relu, streaming, few, few_products):
+    """Add 16 lanes, and of the next row where K is not None, to the two sums, and store them."""
+    g, xmu = read_pair(io, i, bit, affine, relu)
+    if K is None:
+        put_pair(io, i, LANES, g, xmu, affine, None, streaming)
+        return few + g, fma(g, xmu * affine.unit, few_products)
+    g1, x1 = read_pair(io, i + K, bit, affine, relu)
+    put_pair(io, i, LANES, g, xmu, affine, None, streaming)
+    put_pair(io, i + K, LANES, g1, x1, affine, None, streaming)
+    few_products = fma(g1, x1 * affine.unit, fma(g, xmu * affine.unit, few_products))
+    return (few + g) + g1, few_products
+
+
+@inline
+def add_part(io, i, K, bit, count, affine, relu):
+    """The two sums of fewer than 16 lanes, which are stored as well."""
+    g, xhat = sum_part(io, i, bit, count, affine, relu)
+    if K is None:
+        return g, g * xhat
+    g1, xhat1 = sum_part(io, i + K, bit, count, affine, relu)
+    return g + g1, fma(g1, xhat1, g * xhat)
+
+
 @function
-def add_plane_grads(io, i, L, channels, lane, bit, table, C, c, relu, streaming, fresh, work):
+def add_plane_grads(io, i, K, L, channels, lane, bit, table, C, c, relu, streaming, fresh, work):
     """Add planes of L elements from i on, of channels c:c+channels, to their two sums in `work`.
 
     Those are the sums of g and of ``g * (x - MEAN) * UNIT``, gone through as in `add_planes`.
@@ -34,32 +58,35 @@ def add_plane_grads(io, i, L, channels, lane, bit, table, C, c, relu, streaming,
     turn = i + L
     few, few_products = zero, zero
     if lane > 0:
-        g, xmu = read_pair(io, i - lane, bit, affine, relu)
-        few = blend(lane, zero, g)
-        few_products = blend(lane, zero, g * (xmu * affine.unit))
-        gradient_part(io, i, bit, LANES - lane, affine, None, relu)  # after it was read
+        reading = Backward(io.grad_output, io.x, io.bits, None, None, None)
+        part, part_products = add_vector(reading, i - lane, K, bit, affine, relu, False, zero, zero)
+        few, few_products = blend(lane, zero, part), blend(lane, zero, part_products)
+        # Only now, as what is written may be what was read.
+        gradient_part(io, i, bit, LANES - lane, affine, None, relu)
+        if K is not None:
+            gradient_part(io, i + K, bit, LANES - lane, affine, None, relu)
         i += LANES - lane
     for j in range(channels):
         total, products = kept(work, j, fresh)
-        while i + 4 * LANES <= turn:
-            g0, x0 = read_pair(io, i, bit, affine, relu)
-            g1, x1 = read_pair(io, i + LANES, bit + 1, affine, relu)
-            g2, x2 = read_pair(io, i + 2 * LANES, bit + 2, affine, relu)
-            g3, x3 = read_pair(io, i + 3 * LANES, bit + 3, affine, relu)
-            put_pair(io, i, LANES, g0, x0, affine, None, streaming)
-            put_pair(io, i + LANES, LANES, g1, x1, affine, None, streaming)
-            put_pair(io, i + 2 * LANES, LANES, g2, x2, affine, None, streaming)
-            put_pair(io, i + 3 * LANES, LANES, g3, x3, affine, None, streaming)
-            four, four_products = add_four(g0, x0, g1, x1, g2, x2, g3, x3, affine.unit)
-            total = total + widen(four)
-            products = products + widen(four_products)
-            i += 4 * LANES
-            bit += 4
+        if K is None:
+            while i + 4 * LANES <= turn:
+                g0, x0 = read_pair(io, i, bit, affine, relu)
+                g1, x1 = read_pair(io, i + LANES, bit + 1, affine, relu)
+                g2, x2 = read_pair(io, i + 2 * LANES, bit + 2, affine, relu)
+                g3, x3 = read_pair(io, i + 3 * LANES, bit + 3, affine, relu)
+                put_pair(io, i, LANES, g0, x0, affine, None, streaming)
+                put_pair(io, i + LANES, LANES, g1, x1, affine, None, streaming)
+                put_pair(io, i + 2 * LANES, LANES, g2, x2, affine, None, streaming)
+                put_pair(io, i + 3 * LANES, LANES, g3, x3, affine, None, streaming)
+                four, four_products = add_four(g0, x0, g1, x1, g2, x2, g3, x3, affine.unit)
+                total = total + widen(four)
+                products = products + widen(four_products)
+                i += 4 * LANES
+                bit += 4
         while i + LANES <= turn:
-            g, xmu = read_pair(io, i, bit, affine, relu)
-            put_pair(io, i, LANES, g, xmu, affine, None, streaming)
-            few = few + g
-            few_products = fma(g, xmu * affine.unit, few_products)
+            few, few_products = add_vector(
+                io, i, K, bit, affine, relu, streaming, few, few_products
+            )
             i += LANES
             bit += 1
         rest = turn - i
@@ -68,18 +95,17 @@ def add_plane_grads(io, i, L, channels, lane, bit, table, C, c, relu, streaming,
             following = affine_of(io.x, table, C, c + j + 1)
             if rest > 0:
                 mixed = blend_affine(rest, affine, following)
-                g, xmu = read_pair(io, i, bit, mixed, relu)
-                put_pair(io, i, LANES, g, xmu, mixed, None, streaming)
-                product = g * (xmu * mixed.unit)
-                few = few + blend(rest, g, zero)
-                few_products = few_products + blend(rest, product, zero)
-                next_few, next_products = blend(rest, zero, g), blend(rest, zero, product)
+                part, part_products = add_vector(io, i, K, bit, mixed, relu, streaming, zero, zero)
+                few = few + blend(rest, part, zero)
+                few_products = few_products + blend(rest, part_products, zero)
+                next_few = blend(rest, zero, part)
+                next_products = blend(rest, zero, part_products)
                 i += LANES
             affine = following
         elif rest > 0:
-            g, xhat = sum_part(io, i, bit, rest, affine, relu)
-            few = few + g
-            few_products = few_products + g * xhat  # not fused, as above
+            part, part_products = add_part(io, i, K, bit, rest, affine, relu)
+            few = few + part
+            few_products = few_products + part_products
         store(work, j * 2 * LANES, total + widen(few))
         store(work, (2 * j + 1) * LANES, products + widen(few_products))
         few, few_products = next_few, next_products
@@ -89,17 +115,42 @@ def add_plane_grads(io, i, L, channels, lane, bit, table, C, c, relu, streaming,
 @function
 def add_row_grads(io, C, L, c0, c1, n, l0, l1, table, relu, streaming, fresh, work):
     """Columns l0:l1 of row n of channels c0:c1; see `add_plane_grads`."""
-    if go_together(L, l0, l1) and without(io.bits):
+    if together(io, L, l0, l1):
         i, lane = (n * C + c0) * L, (c0 * L) % LANES
-        add_plane_grads(io, i, L, c1 - c0, lane, 0, table, C, c0, relu, streaming, fresh, work)
+        add_plane_grads(
+            io, i, None, L, c1 - c0, lane, 0, table, C, c0, relu, streaming, fresh, work
+        )
     else:
         row_bits = (L + LANES - 1) // LANES
         for c in range(c0, c1):
             row = n * C + c
             add_plane_grads(
-                io, row * L + l0, l1 - l0, 1, 0, row * row_bits + l0 // LANES, table, C, c, relu,
-                streaming, fresh, offset(work, (c - c0) * 2 * LANES),
+                io, row * L + l0, None, l1 - l0, 1, 0, row * row_bits + l0 // LANES, table, C, c,
+                relu, streaming, fresh, offset(work, (c - c0) * 2 * LANES),
             )  # fmt: skip
+
+
+@function
+def add_pair_grads(io, C, L, c0, c1, n, table, relu, streaming, apart, fresh, work):
+    """Rows n and n + 1 of channels c0:c1, which are stored after they were summed if `apart`."""
+    K = C * L
+    i, lane = (n * C + c0) * L, (c0 * L) % LANES
+    if not apart:
+        add_plane_grads(io, i, K, L, c1 - c0, lane, 0, table, C, c0, relu, streaming, fresh, work)
+    else:
+        reading = Backward(io.grad_output, io.x, io.bits, None, None, io.ahead)
+        add_plane_grads(reading, i, K, L, c1 - c0, lane, 0, table, C, c0, relu, False, fresh, work)
+        storing = Backward(io.grad_output, io.x, io.bits, io.grad_input, io.grad_residual, None)
+        for row in range(2):
+            first = i + row * K
+            end = first + (c1 - c0) * L
+            gradient_run(storing, first, end, first + L, L, 0, table, None, C, c0, relu, streaming)
+
+
+@inline
+def together(io, L, l0, l1):
+    """`go_together`, but that bits begin anew with each plane."""
+    return go_together(L, l0, l1) and without(io.bits)
 
 
 @inline
@@ -233,14 +284,19 @@ def plane_grad_chunk(
     The chunk is rows n0:n1, columns l0:l1. Stores what eval mode knows.
     """
     apart = streaming and not rows_aligned(io, L)
-    for n in range(n0, n1):
+    n = n0
+    while n < n1:
         ahead = reach_from(reach, n)
-        if apart:
+        own, fresh = read_ahead(io, ahead), n == n0
+        if together(io, L, l0, l1) and in_pairs(L) and n + 2 <= n1:
+            add_pair_grads(own, C, L, c0, c1, n, table, relu, streaming, apart, fresh, work)
+            n += 1
+        elif apart:
             reading = Backward(io.grad_output, io.x, io.bits, None, None, ahead)
-            store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, n == n0, work)
+            store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, fresh, work)
         else:
-            own = read_ahead(io, ahead)
-            add_row_grads(own, C, L, c0, c1, n, l0, l1, table, relu, streaming, n == n0, work)
+            add_row_grads(own, C, L, c0, c1, n, l0, l1, table, relu, streaming, fresh, work)
+        n += 1
     lanes, count = c1 - c0, splat64(np.float64((n1 - n0) * (l1 - l0)))
     put(partial_of(partials, k, COUNT), at, lanes, count, False)
     put(partial_of(partials, k, SUM_DY), at, lanes, sum_sixteen(work, 2 * LANES), False)

@@ -36,6 +36,8 @@ from numbabn.cpu.vector import (
 
 # Planes shorter than this are gone through together.
 LONG_PLANE = 1024
+# Planes shorter than this are summed two rows at a time: the running sums are touched less often.
+VERY_SHORT_PLANE = 128
 # Scratch for 16 channels: lanes of two sums each, then their centers and the two sums.
 PLANE_WORK = 2 * LANES * LANES + 3 * LANES
 
@@ -76,6 +78,12 @@ def go_together(L, l0, l1):
 
 
 @inline
+def in_pairs(L):
+    """Whether they are so short that two rows are taken at once, to touch the sums less often."""
+    return L < VERY_SHORT_PLANE
+
+
+@inline
 def kept(work, j, fresh):
     """The 16 lanes of both sums of channel j, from `work`; zero if `fresh`."""
     if fresh:
@@ -83,12 +91,46 @@ def kept(work, j, fresh):
     return load(work, j * 2 * LANES), load(work, (2 * j + 1) * LANES)
 
 
+@inline
+def add_vector(x, i, K, center, wide, few, few_squares):
+    """Add 16 lanes of ``x - center``, and of the next row where K is not None, to the two sums."""
+    d = as_summed(wide, load(x, i)) - center
+    few = few + d
+    few_squares = fma(d, d, few_squares)
+    if K is not None:
+        d = as_summed(wide, load(x, i + K)) - center
+        few = few + d
+        few_squares = fma(d, d, few_squares)
+    return few, few_squares
+
+
+@inline
+def add_part(x, i, K, count, fill, center, wide, few, few_squares):
+    """The same for fewer than 16 lanes."""
+    d = as_summed(wide, load_first(x, i, count, fill)) - center
+    few = few + d
+    few_squares = fma(d, d, few_squares)
+    if K is not None:
+        d = as_summed(wide, load_first(x, i + K, count, fill)) - center
+        few = few + d
+        few_squares = fma(d, d, few_squares)
+    return few, few_squares
+
+
+@inline
+def ask_planes(x, i, K, ahead):
+    prefetch(x, i + ahead)
+    if K is not None:
+        prefetch(x, i + K + ahead)
+
+
 @function
-def add_planes(x, i, L, channels, lane, centers, ahead, fresh, work, wide):
+def add_planes(x, i, K, L, channels, lane, centers, ahead, fresh, work, wide):
     """Add planes of L elements from x[i] on, one of each channel, to their two sums in `work`.
 
     Those are the sums of ``d = x - center`` and of ``d * d``, in 16 lanes each; they begin with
-    nothing if `fresh`. The first plane begins in the middle of a vector if `lane` is not 0.
+    nothing if `fresh`. The first plane begins in the middle of a vector if `lane` is not 0. Unless
+    K is None, the planes of the next row, K elements on, are added with them.
     """
     zero = as_summed(wide, splat_like(x, 0.0))
     fill = splat_like(x, centers[0])
@@ -96,52 +138,53 @@ def add_planes(x, i, L, channels, lane, centers, ahead, fresh, work, wide):
     turn = i + L
     few, few_squares = zero, zero
     if lane > 0:
-        d = blend(lane, zero, as_summed(wide, load(x, i - lane)) - center)
-        few, few_squares = d, d * d
+        both, squares = add_vector(x, i - lane, K, center, wide, zero, zero)
+        few, few_squares = blend(lane, zero, both), blend(lane, zero, squares)
         i += LANES - lane
     for j in range(channels):
         total, squares = kept(work, j, fresh)
-        while i + 8 * LANES <= turn:
-            for part in range(8):
-                prefetch(x, i + ahead + part * LANES)
-            eight, eight_squares = add_eight(
-                as_summed(wide, load(x, i)) - center,
-                as_summed(wide, load(x, i + LANES)) - center,
-                as_summed(wide, load(x, i + 2 * LANES)) - center,
-                as_summed(wide, load(x, i + 3 * LANES)) - center,
-                as_summed(wide, load(x, i + 4 * LANES)) - center,
-                as_summed(wide, load(x, i + 5 * LANES)) - center,
-                as_summed(wide, load(x, i + 6 * LANES)) - center,
-                as_summed(wide, load(x, i + 7 * LANES)) - center,
-            )
-            total = total + widen(eight)
-            squares = squares + widen(eight_squares)
-            i += 8 * LANES
+        if K is None:
+            while i + 8 * LANES <= turn:
+                for step in range(8):
+                    prefetch(x, i + ahead + step * LANES)
+                eight, eight_squares = add_eight(
+                    as_summed(wide, load(x, i)) - center,
+                    as_summed(wide, load(x, i + LANES)) - center,
+                    as_summed(wide, load(x, i + 2 * LANES)) - center,
+                    as_summed(wide, load(x, i + 3 * LANES)) - center,
+                    as_summed(wide, load(x, i + 4 * LANES)) - center,
+                    as_summed(wide, load(x, i + 5 * LANES)) - center,
+                    as_summed(wide, load(x, i + 6 * LANES)) - center,
+                    as_summed(wide, load(x, i + 7 * LANES)) - center,
+                )
+                total = total + widen(eight)
+                squares = squares + widen(eight_squares)
+                i += 8 * LANES
         while i + LANES <= turn:
-            prefetch(x, i + ahead)
-            d = as_summed(wide, load(x, i)) - center
-            few = few + d
-            few_squares = fma(d, d, few_squares)
+            ask_planes(x, i, K, ahead)
+            few, few_squares = add_vector(x, i, K, center, wide, few, few_squares)
             i += LANES
         rest = turn - i
         next_few, next_squares = zero, zero
         if j + 1 < channels:
             fill = splat_like(x, centers[j + 1])
-            next_center = as_summed(wide, fill)
+            following = as_summed(wide, fill)
             if rest > 0:
-                prefetch(x, i + ahead)
-                value = as_summed(wide, load(x, i))
-                d = blend(rest, value - center, zero)
-                few = few + d
-                few_squares = fma(d, d, few_squares)
-                next_few = blend(rest, zero, value - next_center)
-                next_squares = next_few * next_few
+                ask_planes(x, i, K, ahead)
+                # Added up apart from what there is, so that lanes can be told apart, and so at
+                # the end, which is the same to the last bit.
+                part, part_squares = add_vector(x, i, K, center, wide, zero, zero)
+                few = few + blend(rest, part, zero)
+                few_squares = few_squares + blend(rest, part_squares, zero)
+                part, part_squares = add_vector(x, i, K, following, wide, zero, zero)
+                next_few = blend(rest, zero, part)
+                next_squares = blend(rest, zero, part_squares)
                 i += LANES
-            center = next_center
+            center = following
         elif rest > 0:
-            d = as_summed(wide, load_first(x, i, rest, fill)) - center
-            few = few + d
-            few_squares = fma(d, d, few_squares)
+            part, part_squares = add_part(x, i, K, rest, fill, center, wide, zero, zero)
+            few = few + part
+            few_squares = few_squares + part_squares
         store(work, j * 2 * LANES, total + widen(few))
         store(work, (2 * j + 1) * LANES, squares + widen(few_squares))
         few, few_squares = next_few, next_squares
@@ -151,16 +194,23 @@ def add_planes(x, i, L, channels, lane, centers, ahead, fresh, work, wide):
 @function
 def plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work, wide):
     """The two sums over rows n0:n1, columns l0:l1 of each of channels c0:c1: lanes in `work`."""
-    for n in range(n0, n1):
+    n = n0
+    while n < n1:
         ahead = reach_from(reach, n)
+        fresh = n == n0
         if go_together(L, l0, l1):
             i, lane = (n * C + c0) * L, (c0 * L) % LANES
-            add_planes(x, i, L, c1 - c0, lane, centers, ahead, n == n0, work, wide)
+            if in_pairs(L) and n + 2 <= n1:
+                add_planes(x, i, C * L, L, c1 - c0, lane, centers, ahead, fresh, work, wide)
+                n += 1
+            else:
+                add_planes(x, i, None, L, c1 - c0, lane, centers, ahead, fresh, work, wide)
         else:
             for j in range(c1 - c0):
                 i = (n * C + c0 + j) * L + l0
                 own, lanes = offset(centers, j), offset(work, j * 2 * LANES)
-                add_planes(x, i, l1 - l0, 1, 0, own, ahead, n == n0, lanes, wide)
+                add_planes(x, i, None, l1 - l0, 1, 0, own, ahead, fresh, lanes, wide)
+        n += 1
 
 
 @inline
