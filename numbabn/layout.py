@@ -2,7 +2,7 @@
 
 **Planes** ``(N, C, L)``: each channel of each sample is a contiguous run of L values (NCHW).
 **Columns** ``(M, C, L)``: M rows of C channels times L columns each, with L = 1 for channels-last
-memory. Short planes, such as 7 × 7, go faster as columns: a vector then spans channels.
+memory. Very short planes, such as 4 × 4, go faster as columns: a vector then spans channels.
 
 The samples' order never matters to batch normalization, so the axes may be taken in the order in
 which they lie in memory. That makes an NCHW *view* of channels-last memory a columns view, and a

@@ -12,11 +12,11 @@ import numpy as np
 
 from numbabn.cpu.channels import CENTER, COUNT, M2, SUM, partial_of
 from numbabn.cpu.memory import put, scalar
-from numbabn.cpu.options import function, inline
+from numbabn.cpu.options import inline
 from numbabn.cpu.vector import clip_below, fma, positive_bits, splat64, widen
 
 
-@function
+@inline
 def first_value(x, index):
     """What a channel is summed relative to: its first value, or 0 if that is not finite."""
     value = scalar(x, index)
