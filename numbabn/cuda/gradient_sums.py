@@ -24,6 +24,7 @@ from numbabn.cuda.indices import as_float, index, like, smaller
 from numbabn.cuda.memory import (
     decode,
     element,
+    hidden,
     is_double,
     load,
     load_part,
@@ -175,6 +176,8 @@ def backward_sums_columns(storage, aligned, wide):
         while m < end:
             i = element(source, m, K, k)
             slot, grad = load(source, i), load(gradient, i)
+            if not aligned:  # they came one by one: not in a register each till they are decoded
+                slot, grad = opaque(slot), opaque(grad)
             kept = bits_of(bits, i // V, zero, like(K, V))
             here = opaque(column)  # read again for each row: registers are dearer
             xmu = decode(source, slot) - get_vector(source, means, here)
@@ -184,6 +187,8 @@ def backward_sums_columns(storage, aligned, wide):
                 store(passed, i, g)
             if grad_input != 0:
                 store(target, i, g * scale)
+            if V == 8:  # decoded anew, as eight numbers take more registers than their slot
+                xmu = decode(source, hidden(slot)) - get_vector(source, means, hidden(column))
             xhat = xmu * get_vector(source, units, here)
             total, lost = add_up(source, total, lost, g)
             if is_double(source):
