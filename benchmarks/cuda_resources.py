@@ -14,7 +14,10 @@ interpreter of PTX in the tests, on batches cut down to what it can run in secon
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
+import inspect
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -75,38 +78,24 @@ class Entry(NamedTuple):
 
 @cache
 def entries() -> tuple[Entry, ...]:
-    """The kernels. Imported here: asv imports this module, and its environments lack numba-cuda."""
-    from numbabn.cuda import (
-        channels,
-        fused,
-        fused_columns,
-        gradient_sums,
-        gradients,
-        normalization,
-        reductions,
-    )
+    """All kernels: what makes them is known by its arguments.
+
+    Imported here: asv imports this module, and its environments lack numba-cuda.
+    """
+    from numbabn import cuda
     from numbabn.cuda.options import FUSED_THREADS, THREADS
 
-    families = (
-        normalization.normalize_planes, normalization.normalize_columns,
-        reductions.stats_planes, reductions.stats_columns,
-        gradient_sums.backward_sums_planes, gradient_sums.backward_sums_columns,
-        gradients.backward_elements_planes, gradients.backward_elements_columns,
-    )  # fmt: skip
-    whole = (
-        fused.forward_planes, fused.backward_planes,
-        fused_columns.forward_columns, fused_columns.backward_columns,
-    )  # fmt: skip
-    once = (
-        channels.finish_stats, channels.finish_sums, channels.finish_known,
-        channels.finish_slopes, channels.finish_mean,
-    )  # fmt: skip
-    bounds = (THREADS, 4)
-    return (
-        *(Entry(make, THREADS, bounds) for make in families),
-        *(Entry(make, FUSED_THREADS, (FUSED_THREADS, 1)) for make in whole),
-        *(Entry(make, 128, bounds) for make in once),
-    )
+    found = []
+    for file in pkgutil.iter_modules(cuda.__path__):
+        module = importlib.import_module(f"{cuda.__name__}.{file.name}")
+        for make in vars(module).values():
+            if not inspect.isfunction(make) or make.__module__ != module.__name__:
+                continue
+            if tuple(inspect.signature(make).parameters) == ("storage", "aligned", "wide"):
+                whole = file.name.startswith("fused")
+                threads = FUSED_THREADS if whole else 128 if file.name == "channels" else THREADS
+                found.append(Entry(make, threads, (threads, 1) if whole else (THREADS, 4)))
+    return tuple(found)
 
 
 @cache
