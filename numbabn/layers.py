@@ -215,21 +215,16 @@ class _BatchNorm:
         RuntimeError
             If there was no forward call, or the last one had ``save=False``.
         TypeError, ValueError
-            If ``grad_output`` or ``out`` does not fit the forward call.
+            If ``grad_output`` or ``out`` does not fit the forward call, or what was put in place
+            of ``weight_grad`` or ``bias_grad`` cannot take a gradient.
         """
         if self._saved is None:
             raise RuntimeError(
                 "backward: expected a forward call before it, one that saves what backward needs"
             )
         needs = (True, self.weight is not None, self.bias is not None)
-        on_host = isinstance(self._saved.table, np.ndarray)
         for name in ("weight_grad", "bias_grad"):
-            if (total := getattr(self, name)) is not None and checks.is_cuda(total) == on_host:
-                kinds = ("CUDA", "NumPy") if on_host else ("NumPy", "CUDA")
-                raise TypeError(
-                    f"{name}: got a {kinds[0]} array, expected a {kinds[1]} array like the "
-                    "input; call zero_grad() when the layer moves"
-                )
+            self._check_total(name, grad_output, stream)
         grads = batch_norm_backward(grad_output, self._saved, needs=needs, out=out, stream=stream)
         grad_input, grad_weight, grad_bias = grads[:3]
         if grad_weight is not None:
@@ -343,6 +338,23 @@ class _BatchNorm:
             device().fill({name: (array, values[name]) for name, array in there.items()})
         for name in arrays.keys() - there.keys():
             arrays[name][...] = values[name]
+
+    def _check_total(self, name: str, grad_output: Any, stream: Any) -> None:
+        """Refuse what a gradient cannot be added to, before anything is written."""
+        total, on_host = getattr(self, name), isinstance(self._saved.table, np.ndarray)
+        if total is None:
+            return
+        if checks.is_cuda(total) == on_host:
+            kinds = ("CUDA", "NumPy") if on_host else ("NumPy", "CUDA")
+            raise TypeError(
+                f"{name}: got a {kinds[0]} array, expected a {kinds[1]} array like the "
+                "input; call zero_grad() when the layer moves"
+            )
+        if on_host:
+            checks.writable(name, total)
+            checks.per_channel(name, total, self.num_features)
+        else:
+            device().check_total(grad_output, name, total, self.num_features, stream)
 
     def _accumulate(self, name: str, grad: Any, grad_output: Any, stream: Any) -> None:
         """Add ``grad`` to a total in place, so that an optimizer may hold on to the array."""

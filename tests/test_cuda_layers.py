@@ -76,6 +76,37 @@ def test_gradients_on_the_other_side(gpu):
     assert host.weight_grad is None
 
 
+def bad_totals(put):
+    """Arrays that cannot take a layer's gradients of 4 channels, and what is said about them."""
+    return [
+        (put(np.zeros(3, np.float32)), ValueError, r"expected shape \(4,\)"),
+        (put(np.zeros((4, 1), np.float32)), ValueError, r"expected shape \(4,\)"),
+        (put(np.zeros(4, np.int64)), TypeError, "int64"),
+        (put(np.zeros(4, np.float32), read_only=True), ValueError, "read-only"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["weight_grad", "bias_grad"])
+def test_bad_totals_are_found_before_anything_is_written(gpu, name):
+    p = problem((6, 4, 5))
+    layer = moved(gpu)
+    layer(gpu.to(p.x))
+    layer.backward(gpu.to(p.grad_output))
+    good = {n: getattr(layer, n) for n in ("weight_grad", "bias_grad")}
+    before = {n: total.values.copy() for n, total in good.items()}
+    elsewhere = gpu.to(np.zeros(4, np.float32), device="gpu 1"), ValueError, "on device 1"
+    for bad, error, message in [*bad_totals(gpu.to), elsewhere]:
+        out = gpu.to(np.full_like(p.x, 7), writable=True)
+        setattr(layer, name, bad)
+        launches = len(gpu.launches)
+        with pytest.raises(error, match=f"^{name}: .*{message}"):
+            layer.backward(gpu.to(p.grad_output), out=out)
+        assert len(gpu.launches) == launches
+        assert (out.values == 7).all()
+        setattr(layer, name, good[name])
+        assert all(np.array_equal(good[n].values, before[n]) for n in good)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_reset(gpu, dtype):
     layer = moved(gpu, arbitrary(dtype), dtype=dtype)
