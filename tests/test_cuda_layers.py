@@ -13,7 +13,7 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 from cuda_arrays import Gpu, InterfaceArray, install
 
 import numbabn
-from numbabn.cuda import interop
+from numbabn.cuda import libraries
 
 NAMES = ("weight", "bias", "running_mean", "running_var")
 
@@ -231,7 +231,7 @@ def test_what_pytorch_does_itself(monkeypatch, dtype):
     # On the CPU, where these operations are what they are on a GPU, but for the stream.
     torch = pytest.importorskip("torch")
     total = torch.zeros(3, dtype=getattr(torch, dtype))
-    library = interop.library_of(total)
+    library = libraries.library_of(total)
     monkeypatch.setattr(type(library), "on", lambda *args: nullcontext())
     assert library.fill(total, 1, 0)
     assert library.add(total, torch.ones(3), 0)

@@ -1,6 +1,6 @@
 """What a layer does with its arrays on a device: add, set, copy, fold.
 
-The library that an array is from does it where it can (`interop.Library`), else a small kernel.
+The library that an array is from does it where it can (`libraries.Library`), else a small kernel.
 """
 
 from __future__ import annotations
