@@ -277,6 +277,7 @@ def _case(shape: tuple[int, ...], columns: bool, dtype: str, training: bool) -> 
     return results
 
 
+BATCH = 32  # of whole layers
 # (C, H·W) of ResNet-50's layers, with a batch that the interpreter can run.
 SHAPES = (
     (64, 112 * 112, 2),
@@ -309,6 +310,31 @@ def print_traffic(dtypes: Iterable[str]) -> None:
                         )
 
 
+def print_chunks() -> None:
+    """What the sums of chunks add to those numbers in whole layers, which follows from the plans.
+
+    They are written and read again: two float64 numbers for a chunk of a channel in the backward
+    passes, and four in training's forward pass.
+    """
+    from numbabn.cuda.plans import plan
+
+    print("| N × C × H·W | layout | dtype | eval backward | training forward | training backward |")
+    print("|---|---|---|---|---|---|")
+    for C, L, _ in SHAPES:
+        for where in ("NCHW", "NHWC"):
+            shape = (BATCH, C, L) if where == "NCHW" else (BATCH * L, C, 1)
+            view = layout.View(where == "NHWC", *shape, None)
+            for dtype, itemsize in (("float32", 4), ("float16", 2)):
+                how, data = plan(view, itemsize), BATCH * C * L * itemsize
+                sums = 16 * C * how.chunks / data
+                forward = "" if how.fused(backward=False) else f"{1.5 + 2 * sums:.3f}"
+                backward = "" if how.fused(backward=True) else f"{5 / 3 + 2 * sums / 3:.3f}"
+                print(
+                    f"| {BATCH} × {C} × {L} | {where} | {dtype} | {1 + 2 * sums / 3:.3f} "
+                    f"| {forward or '1.000 (fused)'} | {backward or '1.000 (fused)'} |"
+                )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--archs", nargs="*", default=[f"{a}{b}" for a, b in ARCHITECTURES])
@@ -330,6 +356,8 @@ def main() -> None:
     if not given.no_traffic:
         print()
         print_traffic([d for d in given.dtypes if d in ("float32", "float16")])
+        print()
+        print_chunks()
 
 
 if __name__ == "__main__":
