@@ -14,7 +14,10 @@ interpreter of PTX in the tests, on batches cut down to what it can run in secon
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
+import inspect
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -75,38 +78,24 @@ class Entry(NamedTuple):
 
 @cache
 def entries() -> tuple[Entry, ...]:
-    """The kernels. Imported here: asv imports this module, and its environments lack numba-cuda."""
-    from numbabn.cuda import (
-        channels,
-        fused,
-        fused_columns,
-        gradient_sums,
-        gradients,
-        normalization,
-        reductions,
-    )
+    """All kernels: what makes them is known by its arguments.
+
+    Imported here: asv imports this module, and its environments lack numba-cuda.
+    """
+    from numbabn import cuda
     from numbabn.cuda.options import FUSED_THREADS, THREADS
 
-    families = (
-        normalization.normalize_planes, normalization.normalize_columns,
-        reductions.stats_planes, reductions.stats_columns,
-        gradient_sums.backward_sums_planes, gradient_sums.backward_sums_columns,
-        gradients.backward_elements_planes, gradients.backward_elements_columns,
-    )  # fmt: skip
-    whole = (
-        fused.forward_planes, fused.backward_planes,
-        fused_columns.forward_columns, fused_columns.backward_columns,
-    )  # fmt: skip
-    once = (
-        channels.finish_stats, channels.finish_sums, channels.finish_known,
-        channels.finish_slopes, channels.finish_mean,
-    )  # fmt: skip
-    bounds = (THREADS, 4)
-    return (
-        *(Entry(make, THREADS, bounds) for make in families),
-        *(Entry(make, FUSED_THREADS, (FUSED_THREADS, 1)) for make in whole),
-        *(Entry(make, 128, bounds) for make in once),
-    )
+    found = []
+    for file in pkgutil.iter_modules(cuda.__path__):
+        module = importlib.import_module(f"{cuda.__name__}.{file.name}")
+        for make in vars(module).values():
+            if not inspect.isfunction(make) or make.__module__ != module.__name__:
+                continue
+            if tuple(inspect.signature(make).parameters) == ("storage", "aligned", "wide"):
+                whole = file.name.startswith("fused")
+                threads = FUSED_THREADS if whole else 128 if file.name == "channels" else THREADS
+                found.append(Entry(make, threads, (threads, 1) if whole else (THREADS, 4)))
+    return tuple(found)
 
 
 @cache
@@ -288,6 +277,7 @@ def _case(shape: tuple[int, ...], columns: bool, dtype: str, training: bool) -> 
     return results
 
 
+BATCH = 32  # of whole layers
 # (C, H·W) of ResNet-50's layers, with a batch that the interpreter can run.
 SHAPES = (
     (64, 112 * 112, 2),
@@ -320,6 +310,31 @@ def print_traffic(dtypes: Iterable[str]) -> None:
                         )
 
 
+def print_chunks() -> None:
+    """What the sums of chunks add to those numbers in whole layers, which follows from the plans.
+
+    They are written and read again: two float64 numbers for a chunk of a channel in the backward
+    passes, and four in training's forward pass.
+    """
+    from numbabn.cuda.plans import plan
+
+    print("| N × C × H·W | layout | dtype | eval backward | training forward | training backward |")
+    print("|---|---|---|---|---|---|")
+    for C, L, _ in SHAPES:
+        for where in ("NCHW", "NHWC"):
+            shape = (BATCH, C, L) if where == "NCHW" else (BATCH * L, C, 1)
+            view = layout.View(where == "NHWC", *shape, None)
+            for dtype, itemsize in (("float32", 4), ("float16", 2)):
+                how, data = plan(view, itemsize), BATCH * C * L * itemsize
+                sums = 16 * C * how.chunks / data
+                forward = "" if how.fused(backward=False) else f"{1.5 + 2 * sums:.3f}"
+                backward = "" if how.fused(backward=True) else f"{5 / 3 + 2 * sums / 3:.3f}"
+                print(
+                    f"| {BATCH} × {C} × {L} | {where} | {dtype} | {1 + 2 * sums / 3:.3f} "
+                    f"| {forward or '1.000 (fused)'} | {backward or '1.000 (fused)'} |"
+                )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--archs", nargs="*", default=[f"{a}{b}" for a, b in ARCHITECTURES])
@@ -341,6 +356,8 @@ def main() -> None:
     if not given.no_traffic:
         print()
         print_traffic([d for d in given.dtypes if d in ("float32", "float16")])
+        print()
+        print_chunks()
 
 
 if __name__ == "__main__":

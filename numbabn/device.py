@@ -19,6 +19,7 @@ from numbabn.cuda.call import Call, check_apart, check_writable, lie_alike, on_i
 from numbabn.cuda.interop import STORAGE, CudaArray
 from numbabn.cuda.values import Assignment as Assignment
 from numbabn.cuda.values import add as add
+from numbabn.cuda.values import check_total as check_total
 from numbabn.cuda.values import copied as copied
 from numbabn.cuda.values import fill as fill
 from numbabn.cuda.values import fold_scale_shift as fold_scale_shift

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import ptx
+from ptx_cache import ptx_of
 
 from numbabn.cuda import launch
 from numbabn.cuda.arrays import NOTHING, DeviceArray, Queue
@@ -18,9 +19,9 @@ _entries = {}
 
 
 def entry_of(kernel):
-    """The kernel, parsed; compiled once in a process."""
+    """The kernel, parsed once in a process."""
     if kernel not in _entries:
-        module = ptx.parse(kernel.ptx(COMPUTE_CAPABILITY))
+        module = ptx.parse(ptx_of(kernel, COMPUTE_CAPABILITY))
         (_entries[kernel],) = module.entries.values()
     return _entries[kernel]
 

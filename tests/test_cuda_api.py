@@ -13,7 +13,7 @@ from cuda_arrays import Gpu, InterfaceArray, install
 from grid import MODES
 
 import numbabn
-from numbabn.cuda import interop, launch
+from numbabn.cuda import launch, libraries
 
 # One of each kind of kernel: a channel in a block, several blocks, columns, short planes.
 SHAPES = [
@@ -497,8 +497,8 @@ def test_arrays_that_pytorch_makes():
     # On the CPU, where strides, dtypes and slices are what they are on a GPU.
     torch = pytest.importorskip("torch")
     like = torch.zeros(1)
-    library = interop.library_of(like)
-    assert library is not interop.library_of(np.zeros(1))
+    library = libraries.library_of(like)
+    assert library is not libraries.library_of(np.zeros(1))
     for name in DTYPES:
         array = library.new(like, (2, 3), name, zeros=True)
         assert array.dtype is getattr(torch, name)

@@ -12,6 +12,7 @@ from support import as_dtype, assert_close, largest, wide
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 from cuda_device import Device
 
+from benchmarks import cuda_resources
 from numbabn import cuda, layout, reference
 from numbabn.cuda import plans
 from numbabn.cuda.arrays import NOTHING
@@ -183,6 +184,17 @@ def test_launches_of_each_pass():
     assert all(n == (1, 2) for (_, training), n in counts.items() if not training)
 
 
+def test_the_resource_report_has_the_kernels_as_they_are_launched():
+    reported = {e.make: e for e in cuda_resources.entries()}
+    for shape in (PLANES[0], PLANES[1], COLUMNS[1], WHOLE):
+        for training in (True, False):
+            for kernel, _, block, _ in Case(shape, training=training).device.launches:
+                entry = reported[kernel.make]
+                assert kernel.bounds == entry.bounds
+                assert np.prod(block) <= entry.block
+    assert {"combine", "fold"} < {make.__name__ for make in reported}
+
+
 @pytest.mark.parametrize("parameters", ["float64", "float32", "float16"])
 def test_channels_of_any_dtype(parameters):
     # Only that they are read and written as what they are: half statistics are coarse.
@@ -220,6 +232,19 @@ def test_squares_outside_of_the_range_of_float32(shape, scale):
     x = scale * np.random.default_rng(4).standard_normal((N, C, L))
     case = Case(shape, x=x, eps=0.0)
     case.check()
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, 2.0**-60])
+def test_equal_values_are_not_summed_again(value):
+    # Of columns that fit a block: they are loaded once, zeros too, and whatever lies beside them.
+    _, N, C, L = WHOLE
+    x = np.random.default_rng(6).standard_normal((N, C, L))
+    x[:, 1] = value
+    case = Case(WHOLE, x=x)
+    case.check()
+    (_, _, _, report), *_ = case.device.launches
+    assert report.bytes["load", 4] == 4 * C * 4  # weight, bias and running statistics
+    assert report.bytes["load", 16] == x.size * 4
 
 
 def test_the_stages():

@@ -13,7 +13,7 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 from cuda_arrays import Gpu, InterfaceArray, install
 
 import numbabn
-from numbabn.cuda import interop
+from numbabn.cuda import libraries
 
 NAMES = ("weight", "bias", "running_mean", "running_var")
 
@@ -74,6 +74,37 @@ def test_gradients_on_the_other_side(gpu):
     with pytest.raises(TypeError, match=r"bias_grad: got a CUDA array, .*zero_grad"):
         host.backward(p.grad_output)
     assert host.weight_grad is None
+
+
+def bad_totals(put):
+    """Arrays that cannot take a layer's gradients of 4 channels, and what is said about them."""
+    return [
+        (put(np.zeros(3, np.float32)), ValueError, r"expected shape \(4,\)"),
+        (put(np.zeros((4, 1), np.float32)), ValueError, r"expected shape \(4,\)"),
+        (put(np.zeros(4, np.int64)), TypeError, "int64"),
+        (put(np.zeros(4, np.float32), read_only=True), ValueError, "read-only"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["weight_grad", "bias_grad"])
+def test_bad_totals_are_found_before_anything_is_written(gpu, name):
+    p = problem((6, 4, 5))
+    layer = moved(gpu)
+    layer(gpu.to(p.x))
+    layer.backward(gpu.to(p.grad_output))
+    good = {n: getattr(layer, n) for n in ("weight_grad", "bias_grad")}
+    before = {n: total.values.copy() for n, total in good.items()}
+    elsewhere = gpu.to(np.zeros(4, np.float32), device="gpu 1"), ValueError, "on device 1"
+    for bad, error, message in [*bad_totals(gpu.to), elsewhere]:
+        out = gpu.to(np.full_like(p.x, 7), writable=True)
+        setattr(layer, name, bad)
+        launches = len(gpu.launches)
+        with pytest.raises(error, match=f"^{name}: .*{message}"):
+            layer.backward(gpu.to(p.grad_output), out=out)
+        assert len(gpu.launches) == launches
+        assert (out.values == 7).all()
+        setattr(layer, name, good[name])
+        assert all(np.array_equal(good[n].values, before[n]) for n in good)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
@@ -200,7 +231,7 @@ def test_what_pytorch_does_itself(monkeypatch, dtype):
     # On the CPU, where these operations are what they are on a GPU, but for the stream.
     torch = pytest.importorskip("torch")
     total = torch.zeros(3, dtype=getattr(torch, dtype))
-    library = interop.library_of(total)
+    library = libraries.library_of(total)
     monkeypatch.setattr(type(library), "on", lambda *args: nullcontext())
     assert library.fill(total, 1, 0)
     assert library.add(total, torch.ones(3), 0)

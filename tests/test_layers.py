@@ -378,3 +378,28 @@ def test_wrong_options():
         BatchNorm1d(3)([[1, 2, 3], [4, 5, 6]])
     with pytest.raises(ValueError, match="channel_axis: expected -2 to 1"):
         BatchNorm1d(3, channel_axis=2)(np.ones((4, 3), np.float32))
+
+
+@pytest.mark.parametrize("name", ["weight_grad", "bias_grad"])
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (np.zeros(4, np.float32), ValueError, r"expected shape \(3,\)"),
+        (np.zeros((3, 1), np.float32), ValueError, r"expected shape \(3,\)"),
+        (np.zeros(3, np.int64), TypeError, "int64"),
+        (np.broadcast_to(np.float32(0), 3), ValueError, "read-only"),
+        ([0.0, 0.0, 0.0], TypeError, "list"),
+    ],
+    ids=["length", "rank", "integers", "read-only", "list"],
+)
+def test_bad_totals_are_found_before_anything_is_written(name, bad, error, message):
+    layer, x = BatchNorm1d(3), np.random.default_rng(0).standard_normal((8, 3), np.float32)
+    layer(x)
+    layer.backward(x)
+    setattr(layer, name, bad)
+    other = layer.bias_grad if name == "weight_grad" else layer.weight_grad
+    before, out = other.copy(), np.full_like(x, 7)
+    with pytest.raises(error, match=f"^{name}: .*{message}"):
+        layer.backward(x, out=out)
+    assert (out == 7).all()
+    assert np.array_equal(other, before)

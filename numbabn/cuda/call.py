@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from numbabn import checks, layout
-from numbabn.cuda import interop, launch
+from numbabn.cuda import interop, launch, libraries
 from numbabn.cuda.arrays import DeviceArray, Queue
 from numbabn.cuda.channels import TABLE_ROWS
 from numbabn.cuda.interop import STORAGE, CudaArray
@@ -49,7 +49,7 @@ class Call:
     def __init__(self, name: str, like: Any, stream: Any):
         given = None if stream is None else interop.stream_handle(stream)
         self.array = interop.take(name, like, given or 0)
-        self.library = interop.library_of(like)
+        self.library = libraries.library_of(like)
         self.stream = (self.array.stream or 0) if given is None else given
         self.taken = {name: self.array}
         self.queue = Queue(self.stream, self._scratch)

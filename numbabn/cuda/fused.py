@@ -24,6 +24,7 @@ from numbabn.cuda.geometry import next_slot, paired, thread, threads
 from numbabn.cuda.gradients import (
     bits_of,
     cut_off,
+    input_gradient,
     table_entry,
     table_unit,
 )
@@ -244,7 +245,7 @@ def store_gradient(
         g = cut_off(x, hidden(grad), bits, kept, xmu, scale, shift, relu)
         if grad_residual != 0:
             store(passed, at * V, g)
-        store(target, at * V, ((g - grad_mean) + fma(xmu, slope, offset)) * scale)
+        store(target, at * V, input_gradient(g, xmu, grad_mean, slope, offset, scale))
 
 
 def backward_planes(storage, aligned, wide):

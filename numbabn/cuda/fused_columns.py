@@ -16,7 +16,7 @@ from numbabn.cuda.channels import MEAN, SCALE, SHIFT
 from numbabn.cuda.fused import finish_found, finish_sums_found, finish_whole
 from numbabn.cuda.geometry import thread
 from numbabn.cuda.gradient_sums import spread_unit
-from numbabn.cuda.gradients import bits_of, cut_off, spread
+from numbabn.cuda.gradients import bits_of, cut_off, input_gradient, spread
 from numbabn.cuda.indices import as_float, as_float64, index, like
 from numbabn.cuda.memory import (
     decode,
@@ -77,7 +77,10 @@ def sum_warps(work, t, columns):
 
 @inline
 def column_of_rows(x, s0, s1, s2, s3, four, mine, j):
-    """Of number j of a thread's slots: the first, and less that, the sum, mean and m2 of all."""
+    """Of number j of a thread's slots: the first, and less that, the sum, mean and m2 of all.
+
+    And what m2 is `doubtful` beside: it is right, whatever the first, where all are equal.
+    """
     first = number(x, s0, j)
     zero = as_float(x, like(j, 0))
     a, b, c, d = first - first, zero, zero, zero
@@ -98,7 +101,10 @@ def column_of_rows(x, s0, s1, s2, s3, four, mine, j):
         m2 = fma(c - mean, c - mean, m2)
     if four and mine > 3:
         m2 = fma(d - mean, d - mean, m2)
-    return first, total, mean, m2
+    beside = first
+    if b == zero and c == zero and d == zero:
+        beside = as_float(x, like(j, 1))
+    return first, total, mean, m2, beside
 
 
 def forward_columns(storage, aligned, wide):
@@ -155,9 +161,11 @@ def forward_columns(storage, aligned, wide):
             j = like(C, 0)
             while j < V:
                 center = get(centers, column + j)
-                shift, total, mean, m2 = column_of_rows(source, s0, s1, s2, s3, FOUR, mine, j)
+                shift, total, mean, m2, beside = column_of_rows(
+                    source, s0, s1, s2, s3, FOUR, mine, j
+                )
                 near = widen(shift) - center
-                if mine > 0 and doubtful(m2, shift):
+                if mine > 0 and doubtful(m2, beside):
                     i = element(source, opaque(m), slots, s) * V + like(first, j)
                     step = element(source, tall, slots, 0) * V
                     value = column_again(source, i, step, mine, center, squared)
@@ -244,10 +252,11 @@ def store_row(io, slot, grad, at, V, given, coefficients, column, SPACE, relu, w
         if grad_residual != 0:
             store(passed, at * V, g)
         here = opaque(here)
-        slope = get_vector(x, coefficients, here + SPACE)
-        offset = get_vector(x, coefficients, here + 2 * SPACE)
-        dx = (g - get_vector(x, coefficients, here)) + fma(xmu, slope, offset)
-        store(target, at * V, dx * get_vector(x, scales, opaque(here)))
+        dx = input_gradient(
+            g, xmu, get_vector(x, coefficients, here), get_vector(x, coefficients, here + SPACE),
+            get_vector(x, coefficients, here + 2 * SPACE), get_vector(x, scales, opaque(here)),
+        )  # fmt: skip
+        store(target, at * V, dx)
 
 
 def backward_columns(storage, aligned, wide):

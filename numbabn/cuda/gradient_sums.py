@@ -12,7 +12,6 @@ from numba import cuda
 from numbabn.cuda.channels import INVSTD, MEAN, SCALE, SHIFT, SUM_DY, SUM_DY_XHAT, unit_of
 from numbabn.cuda.geometry import (
     chunk_of,
-    column_part,
     next_slot,
     paired,
     row_part,
@@ -22,9 +21,19 @@ from numbabn.cuda.geometry import (
 )
 from numbabn.cuda.gradients import bits_of, cut_off, spread, store_if, table_entry, table_unit
 from numbabn.cuda.indices import as_float, index, like, smaller
-from numbabn.cuda.memory import decode, is_double, load_part, opaque, pointer
+from numbabn.cuda.memory import (
+    decode,
+    element,
+    hidden,
+    is_double,
+    load,
+    load_part,
+    opaque,
+    pointer,
+    store,
+)
 from numbabn.cuda.options import PAIR, THREADS, WIDEST_TILE, Address, Flag, Size, inline
-from numbabn.cuda.scalars import load_float64, store_float64
+from numbabn.cuda.scalars import load_byte, load_float64, scalar, store_float64, store_scalar
 from numbabn.cuda.shared import get, get_vector, put, put_vector, shared_float64, shared_like
 from numbabn.cuda.sums import SUM_SPACE, add_up, block_sums, tile_sums
 from numbabn.cuda.vector import LANES, close_sum, fma, keep, part_bits, splat, sum_lanes, widen
@@ -115,6 +124,21 @@ def spread_unit(x, table, C, first, columns, L, K, out):
         j = j + threads()
 
 
+@inline
+def one_number(x, gradient, bits, i, j, V, given, column, relu):
+    """Number j of the slot that begins at i, which is of `column` of the tile: g and xhat."""
+    means, units, scales, shifts = given
+    xmu, g = scalar(x, i + j) - get(means, column), scalar(gradient, i + j)
+    off = False
+    if bits != 0:
+        off = load_byte(bits, i // V) & part_bits(j, j + 1) == 0
+    elif relu != 0:
+        off = fma(xmu, get(scales, column), get(shifts, column)) <= as_float(x, like(j, 0))
+    if off:
+        g = as_float(x, like(j, 0))
+    return g, xmu * get(units, column)
+
+
 def backward_sums_columns(storage, aligned, wide):
     V = LANES[storage]
     SPACE = WIDEST_TILE * LANES[storage]
@@ -144,47 +168,77 @@ def backward_sums_columns(storage, aligned, wide):
         cuda.syncthreads()
         zero = like(K, 0)
         m = part * index(rows) + down
-        end = part * index(rows) + index(rows)
-        end = smaller(end, height + like(K, 1) if left > 0 else height)
+        end = smaller(part * index(rows) + index(rows), height)
         if k >= K:
             end = zero
         total = splat(source, as_float(source, zero))
         products, lost, lost_products = total, total, total
         while m < end:
-            i, hi = column_part(source, m, end, height, left, K, k, V)
-            slot, grad = load_part(source, i, zero, hi), load_part(gradient, i, zero, hi)
-            kept = bits_of(bits, i // V, zero, hi)
+            i = element(source, m, K, k)
+            slot, grad = load(source, i), load(gradient, i)
+            if not aligned:  # they came one by one: not in a register each till they are decoded
+                slot, grad = opaque(slot), opaque(grad)
+            kept = bits_of(bits, i // V, zero, like(K, V))
             here = opaque(column)  # read again for each row: registers are dearer
             xmu = decode(source, slot) - get_vector(source, means, here)
             scale, shift = get_vector(source, scales, here), get_vector(source, shifts, here)
             g = cut_off(source, grad, bits, kept, xmu, scale, shift, relu)
-            store_if(grad_residual, passed, i, zero, hi, g)
-            store_if(grad_input, target, i, zero, hi, g * scale)
-            xhat = keep_part(xmu * get_vector(source, units, here), zero, hi, V)
+            if grad_residual != 0:
+                store(passed, i, g)
+            if grad_input != 0:
+                store(target, i, g * scale)
+            if V == 8:  # decoded anew, as eight numbers take more registers than their slot
+                xmu = decode(source, hidden(slot)) - get_vector(source, means, hidden(column))
+            xhat = xmu * get_vector(source, units, here)
             total, lost = add_up(source, total, lost, g)
             if is_double(source):
                 products, lost_products = add_up(source, products, lost_products, g * xhat)
             else:
                 products = fma(g, xhat, products)
             m = m + tall
-        at = down * columns + column
-        if k < K:
-            put_vector(work, at, widen(close_sum(total, lost)))
-        tile_sums(source, work, columns, tall, L)
-        copies = K // (C * L)
-        q = thread()
-        while q * L < columns and base + q * L < K:
-            chunk = chunk_of(base // L + q, C, copies, part, parts)
-            store_float64(partials, chunk * 2 + SUM_DY, get(work, q * L))
-            q = q + threads()
-        cuda.syncthreads()
-        if k < K:
-            put_vector(work, at, widen(close_sum(products, lost_products)))
-        tile_sums(source, work, columns, tall, L)
-        q = thread()
-        while q * L < columns and base + q * L < K:
-            chunk = chunk_of(base // L + q, C, copies, part, parts)
-            store_float64(partials, chunk * 2 + SUM_DY_XHAT, get(work, q * L))
-            q = q + threads()
+
+        # A last row that is not whole is one number more for some columns. Its gradients are stored
+        # in the second turn, as they may take the place of what is read. Where the thread stands is
+        # found anew: on sm_100 it was spilled before the loop.
+        base, column, columns = tile_columns(opaque(K), V)
+        down, k = opaque(index(cuda.threadIdx.y)), base + column
+        more = like(K, 0)
+        if part == parts - 1 and down == 0 and k < left:
+            more = smaller(left - k, like(K, V))
+        given = (means, units, scales, shifts)
+        copies, at = K // (C * L), down * columns + column
+        turn = like(K, 0)
+        while turn < 2:
+            if k < K:
+                if turn == 0:
+                    put_vector(work, at, widen(close_sum(products, lost_products)))
+                else:
+                    put_vector(work, at, widen(close_sum(total, lost)))
+            j = like(K, 0)
+            while j < more:
+                i = element(source, height, K, k)
+                g, xhat = one_number(
+                    source, gradient, bits, i, like(i, j), V, given, column + j, relu
+                )
+                value = widen(g)
+                if turn == 0:
+                    value = value * widen(xhat)
+                else:
+                    i = i + j
+                    if grad_residual != 0:
+                        store_scalar(passed, i, g)
+                    if grad_input != 0:
+                        store_scalar(target, i, g * get(scales, column + j))
+                put(work, at + j, get(work, at + j) + value)
+                j = opaque(j + 1)
+            tile_sums(source, work, columns, tall, L)
+            q = thread()
+            while q * L < columns and base + q * L < K:
+                chunk = chunk_of(base // L + q, C, copies, part, parts) * 2
+                chunk = chunk + (SUM_DY_XHAT if turn == 0 else SUM_DY)
+                store_float64(partials, chunk, get(work, q * L))
+                q = q + threads()
+            cuda.syncthreads()
+            turn = opaque(turn + 1)
 
     return backward_sums_columns

@@ -70,6 +70,12 @@ def cut_off(x, slot, bits, kept, xmu, scale, shift, relu):
 
 
 @inline
+def input_gradient(g, xmu, grad_mean, slope, offset, scale):
+    """Training's input gradient; `channels` has the coefficients, which are scalars or vectors."""
+    return ((g - grad_mean) + fma(xmu, slope, offset)) * scale
+
+
+@inline
 def store_if(given, target, i, lo, hi, value):
     """Store a slot's numbers, if there is such an array."""
     if given != 0:
@@ -99,7 +105,7 @@ def element_slot(
     xmu = decode(x, slot) - mean
     g = cut_off(x, grad, bits, kept, xmu, scale, shift, relu)
     store_if(grad_residual, passed, i, lo, hi, g)
-    store_part(target, i, lo, hi, ((g - grad_mean) + fma(xmu, slope, offset)) * scale)
+    store_part(target, i, lo, hi, input_gradient(g, xmu, grad_mean, slope, offset, scale))
 
 
 def backward_elements_planes(storage, aligned, wide):
@@ -214,9 +220,11 @@ def backward_elements_columns(storage, aligned, wide):
             g = cut_off(source, grad, bits, kept, xmu, scale, shift, relu)
             store_if(grad_residual, passed, i, zero, hi, g)
             here = opaque(here)
-            factor, term = get_vector(source, factors, here), get_vector(source, terms, here)
-            dx = (g - get_vector(source, middles, here)) + fma(xmu, factor, term)
-            store_part(target, i, zero, hi, dx * get_vector(source, scales, opaque(here)))
+            dx = input_gradient(
+                g, xmu, get_vector(source, middles, here), get_vector(source, factors, here),
+                get_vector(source, terms, here), get_vector(source, scales, opaque(here)),
+            )  # fmt: skip
+            store_part(target, i, zero, hi, dx)
             m = m + tall
 
     return backward_elements_columns

@@ -268,10 +268,10 @@ def opaque(typingctx: Any, value: Any) -> Any:
 
 
 @intrinsic
-def hidden(typingctx: Any, slot: Any) -> Any:
-    """The same slot, but not even ptxas can know, which sees through `opaque`.
+def hidden(typingctx: Any, value: Any) -> Any:
+    """The same slot or index, but not even ptxas can know, which sees through `opaque`.
 
-    It combines the slot with the block's z, which is 0 as grids have two dimensions. ptxas else
+    It combines the value with the block's z, which is 0 as grids have two dimensions. ptxas else
     keeps all the 16-bit numbers that it once took from a slot, each in a register of its own.
     """
 
@@ -279,10 +279,12 @@ def hidden(typingctx: Any, slot: Any) -> Any:
         kind = ir.FunctionType(I32, [I32, I32])
         combine = ir.InlineAsm(kind, "xor.b32 $0, $1, $2;", "=r,r,r", side_effect=True)
         zero = call(builder, "llvm.nvvm.read.ptx.sreg.ctaid.z", I32, [])
+        if isinstance(value, Index):
+            return builder.call(combine, [args[0], zero])
         words = [builder.call(combine, [word, zero]) for word in lanes_of(builder, args[0])]
         return pack(builder, RAW, words)
 
-    return slot_type(slot), codegen
+    return value(value), codegen
 
 
 def widened(builder: Any, pointer: Pointer, number: Any) -> Any:

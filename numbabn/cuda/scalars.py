@@ -22,6 +22,20 @@ def scalar(typingctx: Any, pointer: Any, i: Any) -> Any:
 
 
 @intrinsic
+def store_scalar(typingctx: Any, pointer: Any, i: Any, value: Any) -> Any:
+    """A number, of the type that is computed with, to ``pointer[i]``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base, i, value = args
+        size = ITEMSIZE[pointer.storage]
+        number = narrowed(builder, pointer, value)
+        write(builder, number, place(builder, base, i, size, stored_as(pointer)), size)
+        return context.get_dummy_value()
+
+    return types.void(pointer, i, pointer.dtype), codegen
+
+
+@intrinsic
 def load_float64(typingctx: Any, address: Any, i: Any) -> Any:
     """The float64 number `i` at `address`."""
 

@@ -1,6 +1,6 @@
 """What a layer does with its arrays on a device: add, set, copy, fold.
 
-The library that an array is from does it where it can (`interop.Library`), else a small kernel.
+The library that an array is from does it where it can (`libraries.Library`), else a small kernel.
 """
 
 from __future__ import annotations
@@ -82,13 +82,24 @@ def _combine(
     _launch(combine, target.size, stream, target.address, address, target.size, value, keep, kinds)
 
 
+def _total(call: Call, name: str, total: Any, C: int) -> CudaArray:
+    target = call.channels(name, total, C)
+    check_writable(name, target)
+    return target
+
+
+@on_its_device
+def check_total(like: Any, name: str, total: Any, C: int, stream: Any) -> None:
+    """Whether `add` could add C numbers to `total`."""
+    _total(Call("grad_output", like, stream), name, total, C)
+
+
 @on_its_device
 def add(like: Any, name: str, total: Any, grad: Any, stream: Any) -> None:
     """``total += grad`` on the stream of the call that `like` is an argument of."""
     call = Call("grad_output", like, stream)
     source = call.take("gradient", grad)
-    target = call.channels(name, total, source.size)
-    check_writable(name, target)
+    target = _total(call, name, total, source.size)
     call.begin()
     if type(total) is not type(grad) or not call.library.add(total, grad, call.stream):
         _combine(target, source.flat, 0.0, True, call.stream)
