@@ -21,7 +21,7 @@ __all__ = ["float32_kernels", "other_kernels"]
 PLANES = (("32x256x14x14", "nchw"),)
 COLUMNS = (("32x256x14x14", "nhwc"),)
 MORE_COLUMNS = (
-    *(("32x512x7x7", "nchw"), ("65536x64", "nchw")),
+    *(("1x2048x7x7", "nhwc"), ("65536x64", "nchw")),
     *(("1x2048x7x7", "nchw"), ("1x512x7x7", "nchw")),
 )
 

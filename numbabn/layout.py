@@ -2,7 +2,7 @@
 
 **Planes** ``(N, C, L)``: each channel of each sample is a contiguous run of L values (NCHW).
 **Columns** ``(M, C, L)``: M rows of C channels times L columns each, with L = 1 for channels-last
-memory. Short planes, such as 7 × 7, go faster as columns: a vector then spans channels.
+memory. Very short planes, such as 4 × 4, go faster as columns: a vector then spans channels.
 
 The samples' order never matters to batch normalization, so the axes may be taken in the order in
 which they lie in memory. That makes an NCHW *view* of channels-last memory a columns view, and a
@@ -23,7 +23,7 @@ from numbabn import pool
 Array = NDArray[Any]
 
 # Planes shorter than this are taken as columns (measured, see docs/architecture.md).
-SHORT_PLANE = 128
+SHORT_PLANE = 32
 # Likewise a single row of them; a vector of 16 then lies in two planes at most.
 SHORTEST_PLANE = 16
 # Elements up to which one kernel in one thread is done with eval's forward pass, checks included,

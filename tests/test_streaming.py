@@ -12,11 +12,13 @@ from numbabn import layout
 from numbabn.cpu import schedule, serial
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
-# Planes that are columns to sums (4×4, 5×5), planes with an end that is no vector, with none, and
-# of a few channels; channels last, in whole vectors and not; long rows.
+# Planes that are columns to sums (4×4, 5×5), planes that are summed in pairs of rows and a last row
+# (7×7), planes with an end that is no vector, with none, and of a few channels; channels last, in
+# whole vectors and not; long rows.
 SHAPES = {
     "4x4": ((64, 40, 4, 4), 1),
     "5x5": ((40, 48, 5, 5), 1),
+    "7x7": ((31, 40, 7, 7), 1),
     "16x17": ((16, 9, 16, 17), 1),
     "16x16": ((16, 9, 16, 16), 1),
     "chunks": ((2, 3, 7001), 1),
@@ -105,7 +107,7 @@ def test_layouts_are_as_meant():
     views = {name: layout.describe(*_of(*case)) for name, case in SHAPES.items()}
     assert {name for name, view in views.items() if view.columns and view.L >= 16} == {"4x4", "5x5"}
     assert {name for name, view in views.items() if not view.columns} == {
-        "16x17", "16x16", "chunks"
+        "7x7", "16x17", "16x16", "chunks"
     }  # fmt: skip
 
 

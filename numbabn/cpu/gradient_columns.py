@@ -12,7 +12,6 @@ from numbabn.cpu.channels import (
     lanes_at,
     partial_of,
 )
-from numbabn.cpu.gradient_planes import gradient_run
 from numbabn.cpu.gradients import (
     Slopes,
     add_four,
@@ -26,7 +25,7 @@ from numbabn.cpu.gradients import (
 from numbabn.cpu.memory import load, offset, put, store
 from numbabn.cpu.normalization import MOST_IN_CACHE, affine_at, head_of
 from numbabn.cpu.options import function, inline
-from numbabn.cpu.reductions import fold_all, rows_ahead, spread
+from numbabn.cpu.reduction_columns import fold_all, rows_ahead, spread
 from numbabn.cpu.vector import LANES, splat64, widen
 
 
@@ -112,14 +111,6 @@ def column_grad_sums(io, K, m0, m1, k0, width, columns, relu, streaming, sums, p
         else:
             add_row(io, i, bit, width, columns, relu, streaming, sums, products)
             m += 1
-
-
-@function
-def gradient_runs(io, K, m0, m1, k0, width, L, table, slopes, C, c, relu, streaming):
-    """Rows m0:m1 of columns k0:k0+width, which are planes of L, the first being channel c's."""
-    for m in range(m0, m1):
-        i = m * K + k0
-        gradient_run(io, i, i + width, i + L, L, 0, table, slopes, C, c, relu, streaming)
 
 
 @function

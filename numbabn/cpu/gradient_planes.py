@@ -1,4 +1,4 @@
-"""The backward pass over planes; see `gradients`, and `normalization.normalize_run`."""
+"""The backward pass over planes; see `gradients`, and `runs` for how elements are gone through."""
 
 import numpy as np
 
@@ -14,61 +14,153 @@ from numbabn.cpu.gradients import (
     read_pair,
     sum_part,
 )
-from numbabn.cpu.memory import elements_past_boundary, load, offset, store
+from numbabn.cpu.memory import elements_past_boundary, offset, put, store
 from numbabn.cpu.normalization import affine_of, blend_affine, head_of
 from numbabn.cpu.options import function, inline
-from numbabn.cpu.reductions import reach_from
-from numbabn.cpu.vector import LANES, blend, fma, splat64, splat_like, sum_lanes, widen
+from numbabn.cpu.reduction_planes import go_together, in_pairs, kept, reach_from, sum_sixteen
+from numbabn.cpu.runs import along_planes, along_rows
+from numbabn.cpu.vector import LANES, blend, fma, splat64, splat_like, widen
+
+
+@inline
+def add_vector(io, i, K, bit, affine, relu, streaming, few, few_products):
+    """Add 16 lanes, and of the next row where K is not None, to the two sums, and store them."""
+    g, xmu = read_pair(io, i, bit, affine, relu)
+    if K is None:
+        put_pair(io, i, LANES, g, xmu, affine, None, streaming)
+        return few + g, fma(g, xmu * affine.unit, few_products)
+    g1, x1 = read_pair(io, i + K, bit, affine, relu)
+    put_pair(io, i, LANES, g, xmu, affine, None, streaming)
+    put_pair(io, i + K, LANES, g1, x1, affine, None, streaming)
+    few_products = fma(g1, x1 * affine.unit, fma(g, xmu * affine.unit, few_products))
+    return (few + g) + g1, few_products
+
+
+@inline
+def add_part(io, i, K, bit, count, affine, relu):
+    """The two sums of fewer than 16 lanes, which are stored as well."""
+    g, xhat = sum_part(io, i, bit, count, affine, relu)
+    if K is None:
+        return g, g * xhat
+    g1, xhat1 = sum_part(io, i + K, bit, count, affine, relu)
+    return g + g1, fma(g1, xhat1, g * xhat)
 
 
 @function
-def add_plane_grads(io, C, L, c, n, l0, l1, table, relu, streaming, fresh, work):
-    """Add columns l0:l1 of row n of channel c to the 16 lanes of its two sums in `work`.
+def add_plane_grads(io, i, K, L, channels, lane, bit, table, C, c, relu, streaming, fresh, work):
+    """Add planes of L elements from i on, of channels c:c+channels, to their two sums in `work`.
 
-    Begins with nothing if `fresh`. These are the sums of g and of ``g * (x - MEAN) * UNIT``.
+    Those are the sums of g and of ``g * (x - MEAN) * UNIT``, gone through as in `add_planes`.
     Stores what eval mode knows.
     """
+    zero = splat_like(io.x, 0.0)
     affine = affine_of(io.x, table, C, c)
-    total, products = splat64(0.0), splat64(0.0)
-    if not fresh:
-        total, products = load(work, 0), load(work, LANES)
-    row = n * C + c
-    i = row * L + l0
-    end = i + l1 - l0
-    bit = row * ((L + LANES - 1) // LANES) + l0 // LANES
-    while i + 4 * LANES <= end:
-        g0, x0 = read_pair(io, i, bit, affine, relu)
-        g1, x1 = read_pair(io, i + LANES, bit + 1, affine, relu)
-        g2, x2 = read_pair(io, i + 2 * LANES, bit + 2, affine, relu)
-        g3, x3 = read_pair(io, i + 3 * LANES, bit + 3, affine, relu)
-        put_pair(io, i, LANES, g0, x0, affine, None, streaming)
-        put_pair(io, i + LANES, LANES, g1, x1, affine, None, streaming)
-        put_pair(io, i + 2 * LANES, LANES, g2, x2, affine, None, streaming)
-        put_pair(io, i + 3 * LANES, LANES, g3, x3, affine, None, streaming)
-        few, few_products = add_four(g0, x0, g1, x1, g2, x2, g3, x3, affine.unit)
-        total = total + widen(few)
-        products = products + widen(few_products)
-        i += 4 * LANES
-        bit += 4
-    few = splat_like(io.x, 0.0)
-    few_products = few
-    while i + LANES <= end:
-        g, xmu = read_pair(io, i, bit, affine, relu)
-        put_pair(io, i, LANES, g, xmu, affine, None, streaming)
-        few = few + g
-        few_products = fma(g, xmu * affine.unit, few_products)
-        i += LANES
-        bit += 1
-    if i < end:
-        g, xhat = sum_part(io, i, bit, end - i, affine, relu)
-        few = few + g
-        few_products = fma(g, xhat, few_products)
-    store(work, 0, total + widen(few))
-    store(work, LANES, products + widen(few_products))
+    turn = i + L
+    few, few_products = zero, zero
+    if lane > 0:
+        reading = Backward(io.grad_output, io.x, io.bits, None, None, None)
+        part, part_products = add_vector(reading, i - lane, K, bit, affine, relu, False, zero, zero)
+        few, few_products = blend(lane, zero, part), blend(lane, zero, part_products)
+        # Only now, as what is written may be what was read.
+        gradient_part(io, i, bit, LANES - lane, affine, None, relu)
+        if K is not None:
+            gradient_part(io, i + K, bit, LANES - lane, affine, None, relu)
+        i += LANES - lane
+    for j in range(channels):
+        total, products = kept(work, j, fresh)
+        if K is None:
+            while i + 4 * LANES <= turn:
+                g0, x0 = read_pair(io, i, bit, affine, relu)
+                g1, x1 = read_pair(io, i + LANES, bit + 1, affine, relu)
+                g2, x2 = read_pair(io, i + 2 * LANES, bit + 2, affine, relu)
+                g3, x3 = read_pair(io, i + 3 * LANES, bit + 3, affine, relu)
+                put_pair(io, i, LANES, g0, x0, affine, None, streaming)
+                put_pair(io, i + LANES, LANES, g1, x1, affine, None, streaming)
+                put_pair(io, i + 2 * LANES, LANES, g2, x2, affine, None, streaming)
+                put_pair(io, i + 3 * LANES, LANES, g3, x3, affine, None, streaming)
+                four, four_products = add_four(g0, x0, g1, x1, g2, x2, g3, x3, affine.unit)
+                total = total + widen(four)
+                products = products + widen(four_products)
+                i += 4 * LANES
+                bit += 4
+        while i + LANES <= turn:
+            few, few_products = add_vector(
+                io, i, K, bit, affine, relu, streaming, few, few_products
+            )
+            i += LANES
+            bit += 1
+        rest = turn - i
+        next_few, next_products = zero, zero
+        if j + 1 < channels:
+            following = affine_of(io.x, table, C, c + j + 1)
+            if rest > 0:
+                mixed = blend_affine(rest, affine, following)
+                part, part_products = add_vector(io, i, K, bit, mixed, relu, streaming, zero, zero)
+                few = few + blend(rest, part, zero)
+                few_products = few_products + blend(rest, part_products, zero)
+                next_few = blend(rest, zero, part)
+                next_products = blend(rest, zero, part_products)
+                i += LANES
+            affine = following
+        elif rest > 0:
+            part, part_products = add_part(io, i, K, bit, rest, affine, relu)
+            few = few + part
+            few_products = few_products + part_products
+        store(work, j * 2 * LANES, total + widen(few))
+        store(work, (2 * j + 1) * LANES, products + widen(few_products))
+        few, few_products = next_few, next_products
+        turn += L
+
+
+@function
+def add_row_grads(io, C, L, c0, c1, n, l0, l1, table, relu, streaming, fresh, work):
+    """Columns l0:l1 of row n of channels c0:c1; see `add_plane_grads`."""
+    if together(io, L, l0, l1):
+        i, lane = (n * C + c0) * L, (c0 * L) % LANES
+        add_plane_grads(
+            io, i, None, L, c1 - c0, lane, 0, table, C, c0, relu, streaming, fresh, work
+        )
+    else:
+        row_bits = (L + LANES - 1) // LANES
+        for c in range(c0, c1):
+            row = n * C + c
+            add_plane_grads(
+                io, row * L + l0, None, l1 - l0, 1, 0, row * row_bits + l0 // LANES, table, C, c,
+                relu, streaming, fresh, offset(work, (c - c0) * 2 * LANES),
+            )  # fmt: skip
+
+
+@function
+def add_pair_grads(io, C, L, c0, c1, n, table, relu, streaming, apart, fresh, work):
+    """Rows n and n + 1 of channels c0:c1, which are stored after they were summed if `apart`."""
+    K = C * L
+    i, lane = (n * C + c0) * L, (c0 * L) % LANES
+    if not apart:
+        add_plane_grads(io, i, K, L, c1 - c0, lane, 0, table, C, c0, relu, streaming, fresh, work)
+    else:
+        reading = Backward(io.grad_output, io.x, io.bits, None, None, io.ahead)
+        add_plane_grads(reading, i, K, L, c1 - c0, lane, 0, table, C, c0, relu, False, fresh, work)
+        storing = Backward(io.grad_output, io.x, io.bits, io.grad_input, io.grad_residual, None)
+        for row in range(2):
+            first = i + row * K
+            end = first + (c1 - c0) * L
+            gradient_run(storing, first, end, first + L, L, 0, table, None, C, c0, relu, streaming)
+
+
+@inline
+def together(io, L, l0, l1):
+    """`go_together`, but that bits begin anew with each plane."""
+    return go_together(L, l0, l1) and without(io.bits)
+
+
+@inline
+def without(bits):
+    """Whether there are no bits, which begin anew with each plane."""
+    return bits is None
 
 
 # Elements of planes that are summed before what eval mode knows of them is stored: two arrays of
-# them stay in L1. A multiple of 64, so that it changes no sum.
+# them stay in L1. A multiple of 64 and no less than `LONG_PLANE`, so that it changes no sum.
 PIECE = 1024
 
 
@@ -90,61 +182,6 @@ def rows_aligned(io, L):
         and boundary_before(io.grad_residual, None, 0) == 0
         and boundary_before(io.grad_residual, None, L) == L
     )
-
-
-@function
-def store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, fresh, work):
-    """Add columns l0:l1 of row n of channels c0:c1 to the sums, and store past the caches.
-
-    A few vectors are summed from where the row begins, then stored from boundary to boundary.
-    """
-    row_bits = (L + LANES - 1) // LANES
-    first, i = c0, (n * C + c0) * L + l0  # what is to be stored next, and its channel
-    for c in range(c0, c1):
-        row = (n * C + c) * L
-        for left in range(l0, l1, PIECE):
-            right = min(l1, left + PIECE)
-            lanes = offset(work, (c - c0) * 2 * LANES)
-            new = fresh and left == l0
-            add_plane_grads(reading, C, L, c, n, left, right, table, relu, False, new, lanes)
-            end = row + right
-            at_end = c + 1 == c1 and right == l1
-            if at_end or end - i >= PIECE // 2:
-                if not at_end:
-                    end = min(
-                        boundary_before(io.grad_input, io.bits, end),
-                        boundary_before(io.grad_residual, io.bits, end),
-                    )
-                place = n * C + first
-                bit = place * row_bits + (i - place * L) // LANES
-                turn = (place + 1) * L
-                gradient_run(io, i, end, turn, L, bit, table, None, C, first, relu, True)
-                first, i = c, end
-
-
-@function
-def plane_grad_chunk(
-    io, reach, C, L, c0, c1, k, n0, n1, l0, l1, table, relu, streaming, work, partials, at
-):
-    """Sums of the k-th chunk of channels c0:c1, into `partials` from place `at` on.
-
-    The chunk is rows n0:n1, columns l0:l1. Stores what eval mode knows.
-    """
-    apart = streaming and not rows_aligned(io, L)
-    for n in range(n0, n1):
-        ahead = reach_from(reach, n)
-        if apart:
-            reading = Backward(io.grad_output, io.x, io.bits, None, None, ahead)
-            store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, n == n0, work)
-        else:
-            own = read_ahead(io, ahead)
-            for c in range(c0, c1):
-                lanes = offset(work, (c - c0) * 2 * LANES)
-                add_plane_grads(own, C, L, c, n, l0, l1, table, relu, streaming, n == n0, lanes)
-    for j in range(c1 - c0):
-        partial_of(partials, k, COUNT)[at + j] = np.float64((n1 - n0) * (l1 - l0))
-        partial_of(partials, k, SUM_DY)[at + j] = sum_lanes(load(work, j * 2 * LANES))
-        partial_of(partials, k, SUM_DY_XHAT)[at + j] = sum_lanes(load(work, (2 * j + 1) * LANES))
 
 
 @inline
@@ -172,6 +209,16 @@ def blend_slopes(count, a, b):
 
 
 @inline
+def numbers_of(io, table, slopes, C, c):
+    return affine_of(io.x, table, C, c), slopes_of(io.x, slopes, C, c)
+
+
+@inline
+def mix(count, a, b):
+    return blend_affine(count, a[0], b[0]), blend_slopes(count, a[1], b[1])
+
+
+@inline
 def gradient_head(io, i, end, streaming):
     """`head_of`, for whichever of the gradients are stored: all lie alike."""
     return max(
@@ -180,47 +227,78 @@ def gradient_head(io, i, end, streaming):
     )
 
 
-@function
-def gradient_run(io, i, end, turn, L, bit, table, slopes, C, c, relu, streaming):
-    """The gradients of elements i:end; eval mode's if `slopes` is None, else training's.
+@inline
+def part(io, i, bit, count, numbers, relu):
+    gradient_part(io, i, bit, count, numbers[0], numbers[1], relu)
 
-    Vectors go on from one plane into the next as in `normalization.normalize_run`.
+
+@inline
+def whole(io, i, bit, numbers, relu, streaming):
+    put_gradient(io, i, bit, numbers[0], numbers[1], relu, streaming)
+
+
+# Eval mode's gradients where `slopes` is None, else training's.
+gradient_run = along_planes(numbers_of, mix, gradient_head, part, whole)
+gradient_runs = along_rows(gradient_run)
+
+
+@function
+def store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, fresh, work):
+    """Add columns l0:l1 of row n of channels c0:c1 to the sums, and store past the caches.
+
+    A few vectors are summed from where the row begins, then stored from boundary to boundary.
     """
-    affine, own = affine_of(io.x, table, C, c), slopes_of(io.x, slopes, C, c)
-    head = gradient_head(io, i, min(end, turn), streaming)
-    if head > 0:
-        gradient_part(io, i, bit, head, affine, own, relu)
-        i += head
-    if i == turn and turn < end:  # the rest of a plane ended before the boundary
-        c = c + 1 if c + 1 < C else 0
-        affine, own = affine_of(io.x, table, C, c), slopes_of(io.x, slopes, C, c)
-        turn += L
-        head = gradient_head(io, i, min(end, turn), streaming)
-        if head > 0:
-            gradient_part(io, i, bit, head, affine, own, relu)
-            i += head
-    while turn < end:
-        while i + LANES <= turn:
-            put_gradient(io, i, bit, affine, own, relu, streaming)
-            i += LANES
-            bit += 1
-        c = c + 1 if c + 1 < C else 0
-        next_affine, next_own = affine_of(io.x, table, C, c), slopes_of(io.x, slopes, C, c)
-        if i < turn:
-            if io.bits is None and i + LANES <= end:
-                mixed = blend_affine(turn - i, affine, next_affine)
-                mixed_own = blend_slopes(turn - i, own, next_own)
-                put_gradient(io, i, bit, mixed, mixed_own, relu, streaming)
-                i += LANES
-            else:
-                gradient_part(io, i, bit, turn - i, affine, own, relu)
-                i = turn
-            bit += 1
-        affine, own = next_affine, next_own
-        turn += L
-    while i + LANES <= end:
-        put_gradient(io, i, bit, affine, own, relu, streaming)
-        i += LANES
-        bit += 1
-    if i < end:
-        gradient_part(io, i, bit, end - i, affine, own, relu)
+    row_bits = (L + LANES - 1) // LANES
+    first, i = c0, (n * C + c0) * L + l0  # what is to be stored next, and its channel
+    few = max(1, PIECE // L) if without(io.bits) else 1
+    for c in range(c0, c1, few):
+        last = min(c1, c + few) - 1
+        lanes = offset(work, (c - c0) * 2 * LANES)
+        for left in range(l0, l1, PIECE):
+            right = min(l1, left + PIECE)
+            new = fresh and left == l0
+            add_row_grads(
+                reading, C, L, c, last + 1, n, left, right, table, relu, False, new, lanes
+            )
+            end = (n * C + last) * L + right
+            at_end = last + 1 == c1 and right == l1
+            if at_end or end - i >= PIECE // 2:
+                if not at_end:
+                    end = min(
+                        boundary_before(io.grad_input, io.bits, end),
+                        boundary_before(io.grad_residual, io.bits, end),
+                    )
+                place = n * C + first
+                bit = place * row_bits + (i - place * L) // LANES
+                turn = (place + 1) * L
+                gradient_run(io, i, end, turn, L, bit, table, None, C, first, relu, True)
+                first, i = last, end
+
+
+@function
+def plane_grad_chunk(
+    io, reach, C, L, c0, c1, k, n0, n1, l0, l1, table, relu, streaming, work, partials, at
+):
+    """Sums of the k-th chunk of channels c0:c1, into `partials` from place `at` on.
+
+    The chunk is rows n0:n1, columns l0:l1. Stores what eval mode knows.
+    """
+    apart = streaming and not rows_aligned(io, L)
+    n = n0
+    while n < n1:
+        ahead = reach_from(reach, n)
+        own, fresh = read_ahead(io, ahead), n == n0
+        if together(io, L, l0, l1) and in_pairs(L) and n + 2 <= n1:
+            add_pair_grads(own, C, L, c0, c1, n, table, relu, streaming, apart, fresh, work)
+            n += 1
+        elif apart:
+            reading = Backward(io.grad_output, io.x, io.bits, None, None, ahead)
+            store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, fresh, work)
+        else:
+            add_row_grads(own, C, L, c0, c1, n, l0, l1, table, relu, streaming, fresh, work)
+        n += 1
+    lanes, count = c1 - c0, splat64(np.float64((n1 - n0) * (l1 - l0)))
+    put(partial_of(partials, k, COUNT), at, lanes, count, False)
+    put(partial_of(partials, k, SUM_DY), at, lanes, sum_sixteen(work, 2 * LANES), False)
+    products = sum_sixteen(offset(work, LANES), 2 * LANES)
+    put(partial_of(partials, k, SUM_DY_XHAT), at, lanes, products, False)

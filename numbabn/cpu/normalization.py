@@ -23,7 +23,8 @@ from numbabn.cpu.memory import (
     put,
 )
 from numbabn.cpu.options import function, inline
-from numbabn.cpu.reductions import spread
+from numbabn.cpu.reduction_columns import spread
+from numbabn.cpu.runs import along_planes, along_rows
 from numbabn.cpu.vector import (
     LANES,
     blend,
@@ -144,52 +145,26 @@ def blend_affine(count, a, b):
     )
 
 
-@function
-def normalize_run(io, i, end, turn, L, bit, table, C, c, floor, streaming):
-    """Elements i:end of planes that follow each other, the first being channel c's up to `turn`.
+@inline
+def numbers_of(io, table, slopes, C, c):
+    return affine_of(io.x, table, C, c)
 
-    A vector goes on from one plane into the next, so that all are whole and on boundaries of 64
-    bytes but for those at the ends. With bits, which begin anew with each plane, so do vectors.
-    `table` has C columns; after the last comes the first. Planes are of 16 elements or more.
-    """
+
+@inline
+def forward_head(io, i, end, streaming):
+    return head_of(io.out, io.bits, i, end, streaming)
+
+
+@inline
+def normalize_whole(io, i, bit, affine, floor, streaming):
     lowest = splat_like(io.x, floor)
-    affine = affine_of(io.x, table, C, c)
-    head = head_of(io.out, io.bits, i, min(end, turn), streaming)
-    if head > 0:
-        normalize_part(io, i, bit, head, affine, floor)
-        i += head
-    if i == turn and turn < end:  # the rest of a plane ended before the boundary
-        c = c + 1 if c + 1 < C else 0
-        affine = affine_of(io.x, table, C, c)
-        turn += L
-        head = head_of(io.out, io.bits, i, min(end, turn), streaming)
-        if head > 0:
-            normalize_part(io, i, bit, head, affine, floor)
-            i += head
-    while turn < end:
-        while i + LANES <= turn:
-            put_normalized(io, i, bit, normalized(io, i, affine), lowest, streaming)
-            i += LANES
-            bit += 1
-        c = c + 1 if c + 1 < C else 0
-        following = affine_of(io.x, table, C, c)
-        if i < turn:
-            if io.bits is None and i + LANES <= end:
-                value = normalized(io, i, blend_affine(turn - i, affine, following))
-                put_normalized(io, i, bit, value, lowest, streaming)
-                i += LANES
-            else:
-                normalize_part(io, i, bit, turn - i, affine, floor)
-                i = turn
-            bit += 1
-        affine = following
-        turn += L
-    while i + LANES <= end:
-        put_normalized(io, i, bit, normalized(io, i, affine), lowest, streaming)
-        i += LANES
-        bit += 1
-    if i < end:
-        normalize_part(io, i, bit, end - i, affine, floor)
+    put_normalized(io, i, bit, normalized(io, i, affine), lowest, streaming)
+
+
+normalize_run = along_planes(
+    numbers_of, blend_affine, forward_head, normalize_part, normalize_whole
+)
+normalize_runs = along_rows(normalize_run)
 
 
 # --- columns --------------------------------------------------------------------------------
@@ -248,14 +223,6 @@ def runs_on(bits, L):
     if bits is None:
         return L >= LANES
     return False
-
-
-@function
-def normalize_runs(io, K, m0, m1, k0, width, L, table, C, c, floor, streaming):
-    """Rows m0:m1 of columns k0:k0+width, which are planes of L, the first being channel c's."""
-    for m in range(m0, m1):
-        i = m * K + k0
-        normalize_run(io, i, i + width, i + L, L, 0, table, C, c, floor, streaming)
 
 
 # Elements of a piece of work that is found in a core's own cache, or not far from it.

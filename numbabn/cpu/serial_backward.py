@@ -15,10 +15,9 @@ from numbabn.cpu.chunks import chunk_of, keep_alive, partials_of, room
 from numbabn.cpu.gradient_columns import (
     column_elements,
     column_grad_chunk,
-    gradient_runs,
     spread_slopes,
 )
-from numbabn.cpu.gradient_planes import gradient_run, plane_grad_chunk
+from numbabn.cpu.gradient_planes import gradient_run, gradient_runs, plane_grad_chunk
 from numbabn.cpu.gradients import Backward
 from numbabn.cpu.memory import (
     aligned,
@@ -30,7 +29,7 @@ from numbabn.cpu.memory import (
 )
 from numbabn.cpu.normalization import COLUMN_ROWS, columns_of, runs_on, spread_affine
 from numbabn.cpu.options import inline, kernel
-from numbabn.cpu.reductions import PLANE_WORK, reach_of
+from numbabn.cpu.reduction_planes import PLANE_WORK, reach_of
 from numbabn.cpu.vector import LANES, splat64
 
 # fmt: off

@@ -28,7 +28,8 @@ from numbabn.cpu.normalization import (
     spread_affine,
 )
 from numbabn.cpu.options import inline, kernel
-from numbabn.cpu.reductions import PLANE_WORK, column_chunk, plane_chunk, reach_of
+from numbabn.cpu.reduction_columns import column_chunk
+from numbabn.cpu.reduction_planes import PLANE_WORK, plane_chunk, reach_of
 from numbabn.cpu.vector import LANES, splat64
 
 # fmt: off
@@ -138,7 +139,7 @@ def normalize_planes(
     if running_mean.size == 0:
         bit = row * row_bits + l0 // LANES
         normalize_run(
-            io, i, end, (row + 1) * L, L, bit, pointer(table), C, c, floor, streaming
+            io, i, end, (row + 1) * L, L, bit, pointer(table), None, C, c, floor, streaming
         )
         return keep_alive(table)
     own_table = np.empty((TABLE_ROWS, LANES))
@@ -149,7 +150,7 @@ def normalize_planes(
         last = min(end, (row + lanes) * L)
         bit = row * row_bits + (i - row * L) // LANES
         normalize_run(
-            io, i, last, (row + 1) * L, L, bit, channels.table, LANES, 0, floor, streaming
+            io, i, last, (row + 1) * L, L, bit, channels.table, None, LANES, 0, floor, streaming
         )
         i = last
         row += lanes
@@ -192,11 +193,11 @@ def normalize_columns(
             normalize_rows(io, C * L, m0, m1, k0, width, columns, floor, streaming)
         elif known:
             normalize_runs(
-                io, C * L, m0, m1, k0, width, L, pointer(table), C, c0, floor, streaming
+                io, C * L, m0, m1, k0, width, L, pointer(table), None, C, c0, floor, streaming
             )
         else:
             normalize_runs(
-                io, C * L, m0, m1, k0, width, L, channels.table, block, 0, floor, streaming
+                io, C * L, m0, m1, k0, width, L, channels.table, None, block, 0, floor, streaming
             )
     return keep_alive(buffer) + keep_alive(table) + keep_alive(own_table)
 
@@ -227,7 +228,7 @@ def forward_planes(
             row = n * C + c0
             normalize_run(
                 io, row * L, (row + c1 - c0) * L, (row + 1) * L, L, row * row_bits,
-                channels.table, C, c0, floor, streaming,
+                channels.table, None, C, c0, floor, streaming,
             )
     return keep_alive(numbers) + keep_alive(work)
 
@@ -259,7 +260,7 @@ def forward_columns(
         k0, width = c0 * L, (c1 - c0) * L
         if runs_on(io.bits, L):
             normalize_runs(
-                io, C * L, 0, M, k0, width, L, channels.table, C, c0, floor, streaming
+                io, C * L, 0, M, k0, width, L, channels.table, None, C, c0, floor, streaming
             )
         else:
             spread_affine(channels.table, C, c0, c1 - c0, L, columns)

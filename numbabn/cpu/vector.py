@@ -294,6 +294,30 @@ def sum_lanes(typingctx: Any, value: Any) -> Any:
     return value.dtype(value), codegen
 
 
+def _halve(width: int) -> Any:
+    @intrinsic
+    def halve(typingctx: Any, a: Any, b: Any) -> Any:
+        starts = range(0, 2 * LANES, width)
+        low = [start + lane for start in starts for lane in range(width // 2)]
+        high = [lane + width // 2 for lane in low]
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = ir.VectorType(I32, LANES)
+            return builder.fadd(
+                builder.shuffle_vector(*args, ir.Constant(kind, low)),
+                builder.shuffle_vector(*args, ir.Constant(kind, high)),
+            )
+
+        return a(a, a), codegen
+
+    return halve
+
+
+# Of two vectors, which hold groups of so many lanes: to each group's first half, its second added.
+# After halving 16, 8, 4 and 2, sixteen vectors have become one, of their `sum_lanes`.
+halve_16, halve_8, halve_4, halve_2 = (_halve(width) for width in (16, 8, 4, 2))
+
+
 def _operator(operation: Any, instruction: str) -> None:
     """Let `operation` work on two vectors of one type."""
 

@@ -1,0 +1,265 @@
+"""Sums over the batch, of planes: x[(n * C + c) * L + l].
+
+Planes that follow each other are gone through as one: a vector goes on from one into the next, its
+lanes counting for the one or the other. Lanes are numbered from where the row of planes begins, so
+that whichever channel one starts with, its values are added up in the same order.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from numbabn.cpu.memory import load, load_first, offset, prefetch, store, values_ahead
+from numbabn.cpu.options import function, inline
+from numbabn.cpu.reductions import (
+    add_eight,
+    all_lanes,
+    as_summed,
+    exact_lanes,
+    first_value,
+    put_chunk,
+)
+from numbabn.cpu.vector import (
+    LANES,
+    blend,
+    fma,
+    halve_2,
+    halve_4,
+    halve_8,
+    halve_16,
+    is_double,
+    splat64,
+    splat_like,
+    sum_lanes,
+    widen,
+)
+
+# Planes shorter than this are gone through together.
+LONG_PLANE = 1024
+# Planes shorter than this are summed two rows at a time: the running sums are touched less often.
+VERY_SHORT_PLANE = 128
+# Scratch for 16 channels: lanes of two sums each, then their centers and the two sums.
+PLANE_WORK = 2 * LANES * LANES + 3 * LANES
+
+
+class Reach(NamedTuple):
+    """How far ahead of row n to fetch: `near` elements if n < `turn`, else `far`."""
+
+    turn: int
+    near: int
+    far: int
+
+
+@function
+def reach_of(x, N, K, piece):
+    """Elements from where one reads to what is read next.
+
+    That is `piece` elements of each of N rows of K, one row after the other, then the next piece.
+    """
+    ahead = values_ahead(x)
+    if 4 * ahead <= piece:
+        return Reach(N, ahead, ahead)
+    rows = max(2, (ahead + piece - 1) // piece)
+    pieces = rows // N
+    rows -= pieces * N
+    near = rows * K + pieces * piece
+    return Reach(N - rows, near, near + piece - N * K)
+
+
+@inline
+def reach_from(reach, n):
+    return reach.near if n < reach.turn else reach.far
+
+
+@inline
+def go_together(L, l0, l1):
+    """Whether columns l0:l1 of planes of L are gone through as one."""
+    return l1 - l0 == L and LANES <= L < LONG_PLANE
+
+
+@inline
+def in_pairs(L):
+    """Whether they are so short that two rows are taken at once, to touch the sums less often."""
+    return L < VERY_SHORT_PLANE
+
+
+@inline
+def kept(work, j, fresh):
+    """The 16 lanes of both sums of channel j, from `work`; zero if `fresh`."""
+    if fresh:
+        return splat64(0.0), splat64(0.0)
+    return load(work, j * 2 * LANES), load(work, (2 * j + 1) * LANES)
+
+
+@inline
+def add_vector(x, i, K, center, wide, few, few_squares):
+    """Add 16 lanes of ``x - center``, and of the next row where K is not None, to the two sums."""
+    d = as_summed(wide, load(x, i)) - center
+    few = few + d
+    few_squares = fma(d, d, few_squares)
+    if K is not None:
+        d = as_summed(wide, load(x, i + K)) - center
+        few = few + d
+        few_squares = fma(d, d, few_squares)
+    return few, few_squares
+
+
+@inline
+def add_part(x, i, K, count, fill, center, wide, few, few_squares):
+    """The same for fewer than 16 lanes."""
+    d = as_summed(wide, load_first(x, i, count, fill)) - center
+    few = few + d
+    few_squares = fma(d, d, few_squares)
+    if K is not None:
+        d = as_summed(wide, load_first(x, i + K, count, fill)) - center
+        few = few + d
+        few_squares = fma(d, d, few_squares)
+    return few, few_squares
+
+
+@inline
+def ask_planes(x, i, K, ahead):
+    prefetch(x, i + ahead)
+    if K is not None:
+        prefetch(x, i + K + ahead)
+
+
+@function
+def add_planes(x, i, K, L, channels, lane, centers, ahead, fresh, work, wide):
+    """Add planes of L elements from x[i] on, one of each channel, to their two sums in `work`.
+
+    Those are the sums of ``d = x - center`` and of ``d * d``, in 16 lanes each; they begin with
+    nothing if `fresh`. The first plane begins in the middle of a vector if `lane` is not 0. Unless
+    K is None, the planes of the next row, K elements on, are added with them.
+    """
+    zero = as_summed(wide, splat_like(x, 0.0))
+    fill = splat_like(x, centers[0])
+    center = as_summed(wide, fill)
+    turn = i + L
+    few, few_squares = zero, zero
+    if lane > 0:
+        both, squares = add_vector(x, i - lane, K, center, wide, zero, zero)
+        few, few_squares = blend(lane, zero, both), blend(lane, zero, squares)
+        i += LANES - lane
+    for j in range(channels):
+        total, squares = kept(work, j, fresh)
+        if K is None:
+            while i + 8 * LANES <= turn:
+                for step in range(8):
+                    prefetch(x, i + ahead + step * LANES)
+                eight, eight_squares = add_eight(
+                    as_summed(wide, load(x, i)) - center,
+                    as_summed(wide, load(x, i + LANES)) - center,
+                    as_summed(wide, load(x, i + 2 * LANES)) - center,
+                    as_summed(wide, load(x, i + 3 * LANES)) - center,
+                    as_summed(wide, load(x, i + 4 * LANES)) - center,
+                    as_summed(wide, load(x, i + 5 * LANES)) - center,
+                    as_summed(wide, load(x, i + 6 * LANES)) - center,
+                    as_summed(wide, load(x, i + 7 * LANES)) - center,
+                )
+                total = total + widen(eight)
+                squares = squares + widen(eight_squares)
+                i += 8 * LANES
+        while i + LANES <= turn:
+            ask_planes(x, i, K, ahead)
+            few, few_squares = add_vector(x, i, K, center, wide, few, few_squares)
+            i += LANES
+        rest = turn - i
+        next_few, next_squares = zero, zero
+        if j + 1 < channels:
+            fill = splat_like(x, centers[j + 1])
+            following = as_summed(wide, fill)
+            if rest > 0:
+                ask_planes(x, i, K, ahead)
+                # Added up apart from what there is, so that lanes can be told apart, and so at
+                # the end, which is the same to the last bit.
+                part, part_squares = add_vector(x, i, K, center, wide, zero, zero)
+                few = few + blend(rest, part, zero)
+                few_squares = few_squares + blend(rest, part_squares, zero)
+                part, part_squares = add_vector(x, i, K, following, wide, zero, zero)
+                next_few = blend(rest, zero, part)
+                next_squares = blend(rest, zero, part_squares)
+                i += LANES
+            center = following
+        elif rest > 0:
+            part, part_squares = add_part(x, i, K, rest, fill, center, wide, zero, zero)
+            few = few + part
+            few_squares = few_squares + part_squares
+        store(work, j * 2 * LANES, total + widen(few))
+        store(work, (2 * j + 1) * LANES, squares + widen(few_squares))
+        few, few_squares = next_few, next_squares
+        turn += L
+
+
+@function
+def plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work, wide):
+    """The two sums over rows n0:n1, columns l0:l1 of each of channels c0:c1: lanes in `work`."""
+    n = n0
+    while n < n1:
+        ahead = reach_from(reach, n)
+        fresh = n == n0
+        if go_together(L, l0, l1):
+            i, lane = (n * C + c0) * L, (c0 * L) % LANES
+            if in_pairs(L) and n + 2 <= n1:
+                add_planes(x, i, C * L, L, c1 - c0, lane, centers, ahead, fresh, work, wide)
+                n += 1
+            else:
+                add_planes(x, i, None, L, c1 - c0, lane, centers, ahead, fresh, work, wide)
+        else:
+            for j in range(c1 - c0):
+                i = (n * C + c0 + j) * L + l0
+                own, lanes = offset(centers, j), offset(work, j * 2 * LANES)
+                add_planes(x, i, None, l1 - l0, 1, 0, own, ahead, fresh, lanes, wide)
+        n += 1
+
+
+@inline
+def sum_two(lanes, step):
+    return halve_16(load(lanes, 0), load(lanes, step))
+
+
+@inline
+def sum_four(lanes, step):
+    return halve_8(sum_two(lanes, step), sum_two(offset(lanes, 2 * step), step))
+
+
+@inline
+def sum_eight(lanes, step):
+    return halve_4(sum_four(lanes, step), sum_four(offset(lanes, 4 * step), step))
+
+
+@inline
+def sum_sixteen(lanes, step):
+    """`sum_lanes` of sixteen vectors, which begin `step` numbers after each other."""
+    return halve_2(sum_eight(lanes, step), sum_eight(offset(lanes, 8 * step), step))
+
+
+@function
+def plane_chunk(x, C, L, c0, c1, k, n0, n1, l0, l1, reach, work, partials, at):
+    """Statistics of the k-th chunk of channels c0:c1, into `partials` from place `at` on.
+
+    The chunk is rows n0:n1, columns l0:l1. `work` is scratch: `PLANE_WORK` numbers.
+    """
+    centers = offset(work, 2 * LANES * LANES)
+    count = np.float64((n1 - n0) * (l1 - l0))
+    for c in range(c0, c1):
+        centers[c - c0] = first_value(x, c * L)
+    plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work, None)
+    if is_double(x):
+        for j in range(c1 - c0):
+            total = sum_lanes(load(work, j * 2 * LANES))
+            if np.isfinite(total):
+                centers[j] += total / count
+        plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work, None)
+    lanes, totals, squares = c1 - c0, offset(centers, LANES), offset(centers, 2 * LANES)
+    store(totals, 0, sum_sixteen(work, 2 * LANES))
+    store(squares, 0, sum_sixteen(offset(work, LANES), 2 * LANES))
+    exact = exact_lanes(count, load(totals, 0), load(squares, 0))
+    if not (is_double(x) or all_lanes(exact, lanes)):
+        for j in range(lanes):
+            if not (exact >> np.uint16(j)) & np.uint16(1):
+                c, own = c0 + j, offset(centers, j)
+                plane_sums(x, C, L, c, c + 1, n0, n1, l0, l1, own, reach, work, True)
+                totals[j] = sum_lanes(load(work, 0))
+                squares[j] = sum_lanes(load(work, LANES))
+    put_chunk(count, load(centers, 0), load(totals, 0), load(squares, 0), partials, k, at, lanes)

@@ -1,0 +1,82 @@
+"""Elementwise work along planes that follow each other in memory, of either pass.
+
+A vector goes on from one plane into the next, with the numbers of both channels mixed, so that all
+are whole and on the boundaries that streaming stores need but for those at the ends. With bits,
+which begin anew with each plane, so do vectors.
+"""
+
+from typing import Any
+
+from numbabn.cpu.options import function
+from numbabn.cpu.vector import LANES
+
+
+def along_planes(numbers_of: Any, mix: Any, head_of: Any, put_part: Any, put_whole: Any) -> Any:
+    """The walk along planes, of a pass that is given by five functions.
+
+    ``numbers_of(io, table, slopes, C, c)`` is what channel c's elements are computed with, and
+    ``mix(count, a, b)`` that of a vector whose first `count` lanes are another channel's than the
+    rest. ``head_of(io, i, end, streaming)`` counts the elements before the first boundary, which
+    ``put_part(io, i, bit, count, numbers, how)`` writes, as it does what is left at the end, and
+    ``put_whole(io, i, bit, numbers, how, streaming)`` writes 16 of them. `how` is the pass's own:
+    the lower limit of the ReLU, or whether there was one.
+    """
+
+    @function
+    def run(io, i, end, turn, L, bit, table, slopes, C, c, how, streaming):
+        """Elements i:end, the first being channel c's up to `turn`.
+
+        `table` and `slopes` have C columns; after the last comes the first. Planes are of L
+        elements, 16 or more.
+        """
+        numbers = numbers_of(io, table, slopes, C, c)
+        head = head_of(io, i, min(end, turn), streaming)
+        if head > 0:
+            put_part(io, i, bit, head, numbers, how)
+            i += head
+        if i == turn and turn < end:  # the rest of a plane ended before the boundary
+            c = c + 1 if c + 1 < C else 0
+            numbers = numbers_of(io, table, slopes, C, c)
+            turn += L
+            head = head_of(io, i, min(end, turn), streaming)
+            if head > 0:
+                put_part(io, i, bit, head, numbers, how)
+                i += head
+        while turn < end:
+            while i + LANES <= turn:
+                put_whole(io, i, bit, numbers, how, streaming)
+                i += LANES
+                bit += 1
+            c = c + 1 if c + 1 < C else 0
+            following = numbers_of(io, table, slopes, C, c)
+            if i < turn:
+                if io.bits is None and i + LANES <= end:
+                    put_whole(io, i, bit, mix(turn - i, numbers, following), how, streaming)
+                    i += LANES
+                else:
+                    put_part(io, i, bit, turn - i, numbers, how)
+                    i = turn
+                bit += 1
+            numbers = following
+            turn += L
+        while i + LANES <= end:
+            put_whole(io, i, bit, numbers, how, streaming)
+            i += LANES
+            bit += 1
+        if i < end:
+            put_part(io, i, bit, end - i, numbers, how)
+
+    return run
+
+
+def along_rows(run: Any) -> Any:
+    """What `along_planes` made, over rows of columns that are planes."""
+
+    @function
+    def runs(io, K, m0, m1, k0, width, L, table, slopes, C, c, how, streaming):
+        """Rows m0:m1 of columns k0:k0+width, which begin with channel c."""
+        for m in range(m0, m1):
+            i = m * K + k0
+            run(io, i, i + width, i + L, L, 0, table, slopes, C, c, how, streaming)
+
+    return runs
