@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numbabn.cpu import schedule, serial
+from numbabn.cpu import narrow, schedule, serial
 from numbabn.cpu.channels import BACKWARD_FIELDS as BACKWARD_FIELDS
 from numbabn.cpu.channels import FORWARD_FIELDS as FORWARD_FIELDS
 from numbabn.cpu.channels import SLOPE_ROWS as SLOPE_ROWS
@@ -42,7 +42,7 @@ def forward_eval(
     bias: Array, running_mean: Array, running_var: Array, eps: float, relu: bool,
 ) -> None:  # fmt: skip
     """Normalize with the running statistics."""
-    if not view.columns and view.N >= TABLE_FROM:
+    if narrow.rows_as_one(view) > 1 or (not view.columns and view.N >= TABLE_FROM):
         table = eval_table(x, weight, bias, running_mean, running_var, eps)
         return normalize(x, residual, bits, out, view, table, relu)
     channels = (weight, bias, running_mean, running_var, eps, _NO_TABLE)
@@ -69,7 +69,8 @@ def normalize(
 ) -> None:  # fmt: skip
     """``out = relu((x - mean) * scale + shift + residual)``, with the table's numbers."""
     nothing = NOTHING[x.dtype == np.float64]
-    channels = (nothing, nothing, nothing, nothing, 0.0, table)
+    view, times = narrow.widen(view)
+    channels = (nothing, nothing, nothing, nothing, 0.0, narrow.repeat(table, times))
     _normalize(x, residual, bits, out, view, channels, relu)
 
 
@@ -88,12 +89,11 @@ def _normalize(
 
 def batch_stats(x: Array, view: View) -> Array:
     """Sums of all chunks, shape ``(chunks, 4, C)``."""
+    view, times = narrow.widen(view)
     plan = schedule.plan_for(x, view)
     partials = np.empty((plan.chunks, FORWARD_FIELDS, view.C))
-    schedule.run(
-        "stats_", plan, plan.chunk_items, x, *plan.chunk_sizes, partials
-    )  # fmt: skip
-    return partials
+    schedule.run("stats_", plan, plan.chunk_items, x, *plan.chunk_sizes, partials)
+    return narrow.merge_stats(partials, times)
 
 
 def stats(x: Array, view: View) -> tuple[Array, Array]:
@@ -112,7 +112,7 @@ def forward_train(
     table = np.empty((TABLE_ROWS, view.C))
     channels = (weight, bias, running_mean, running_var, momentum, eps, table)
     plan = schedule.training_plan(x, view)
-    if not plan.forward_by_channel:
+    if narrow.rows_as_one(view) > 1 or not plan.forward_by_channel:
         serial.finish_stats(x, batch_stats(x, view), *channels)
         normalize(x, residual, bits, out, view, table, relu)
         return table
@@ -129,6 +129,7 @@ def _backward_partials(
     grad_output: Array, x: Array, bits: Array | None, grad_input: Array | None,
     grad_residual: Array | None, view: View, table: Array, relu: bool,
 ) -> Array:  # fmt: skip
+    view, times = narrow.widen(view)
     plan = schedule.plan_for(x, view)
     partials = np.empty((plan.chunks, BACKWARD_FIELDS, view.C))
     written = [array for array in (grad_input, grad_residual) if array is not None]
@@ -136,9 +137,9 @@ def _backward_partials(
     streaming = bool(written) and schedule.streams(view, x.nbytes, whole_rows, *written)
     schedule.run(
         "backward_sums_", plan, plan.chunk_items, grad_output, x, bits, grad_input,
-        grad_residual, *plan.chunk_sizes, table, partials, relu, streaming,
+        grad_residual, *plan.chunk_sizes, narrow.repeat(table, times), partials, relu, streaming,
     )  # fmt: skip
-    return partials
+    return narrow.merge_sums(partials, times)
 
 
 def backward_eval(
@@ -163,6 +164,8 @@ def backward_elements(
     grad_residual: Array | None, view: View, table: Array, slopes: Array, relu: bool,
 ) -> None:  # fmt: skip
     """Training's input gradient, from sums that are known already."""
+    view, times = narrow.widen(view)
+    table, slopes = narrow.repeat(table, times), narrow.repeat(slopes, times)
     plan = schedule.plan_for(x, view)
     written = (grad_input,) if grad_residual is None else (grad_input, grad_residual)
     streaming = schedule.streams(view, x.nbytes, bits is not None, *written)
@@ -181,7 +184,7 @@ def backward_train(
     arrays = (grad_output, x, bits, grad_input, grad_residual)
     sums, slopes = np.empty((2, view.C), dtype), np.empty((SLOPE_ROWS, view.C))
     plan = schedule.training_plan(x, view)
-    if not plan.backward_by_channel:
+    if narrow.rows_as_one(view) > 1 or not plan.backward_by_channel:
         partials = _backward_partials(grad_output, x, bits, None, None, view, table, relu)
         serial.finish_sums(x, partials, table, sums, slopes)
         backward_elements(*arrays, view, table, slopes, relu)

@@ -18,6 +18,7 @@ from numbabn.cpu.serial_backward import (
     backward_sums_planes,
     finish_slopes,
     finish_sums,
+    merge_repeated_sums,
 )
 from numbabn.cpu.serial_forward import (
     finish_eval,
@@ -25,6 +26,7 @@ from numbabn.cpu.serial_forward import (
     finish_stats,
     forward_columns,
     forward_planes,
+    merge_repeated_stats,
     merge_stats,
     normalize_columns,
     normalize_planes,
@@ -46,6 +48,8 @@ __all__ = [
     "finish_sums",
     "forward_columns",
     "forward_planes",
+    "merge_repeated_stats",
+    "merge_repeated_sums",
     "merge_stats",
     "normalize_columns",
     "normalize_planes",

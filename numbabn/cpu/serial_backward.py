@@ -30,6 +30,7 @@ from numbabn.cpu.memory import (
 from numbabn.cpu.normalization import COLUMN_ROWS, columns_of, runs_on, spread_affine
 from numbabn.cpu.options import inline, kernel
 from numbabn.cpu.reduction_planes import PLANE_WORK, reach_of
+from numbabn.cpu.serial_forward import add_carefully
 from numbabn.cpu.vector import LANES, splat64
 
 # fmt: off
@@ -91,6 +92,20 @@ def backward_sums_columns(
             aligned(pointer(work)), space, partials, c0,
         )
     return keep_alive(work) + keep_alive(buffer)
+
+
+@kernel
+def merge_repeated_sums(numbers, merged):
+    """Chunks of channels from chunks in which each has several columns; see `narrow`."""
+    chunks, fields, C = merged.shape
+    columns = numbers.shape[2]
+    for k in range(chunks):
+        for field in range(fields):  # the count as well
+            for c in range(C):
+                total, lost = 0.0, 0.0
+                for j in range(c, columns, C):
+                    total, lost = add_carefully(total, lost, numbers[k, field, j])
+                merged[k, field, c] = total + lost
 
 
 @kernel

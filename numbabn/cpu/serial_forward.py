@@ -3,7 +3,11 @@
 import numpy as np
 
 from numbabn.cpu.channels import (
+    CENTER,
+    COUNT,
     FORWARD_FIELDS,
+    M2,
+    SUM,
     TABLE_ROWS,
     Partials,
     channels_of,
@@ -96,6 +100,42 @@ def merge_stats(x, numbers, mean, m2):
         count, center, total, squares = merge_chunks(pointer(x), partials, c, lanes)
         write(pointer(mean), c, lanes, center + total / splat64(count))
         write(pointer(m2), c, lanes, squares)
+
+
+@inline
+def add_carefully(total, lost, value):
+    """`channels.add_compensated` for single numbers; infinity and NaN stay what they are."""
+    new = total + value
+    error = (total - new) + value if abs(total) >= abs(value) else (value - new) + total
+    return new, lost + (error if np.isfinite(error) else 0.0)
+
+
+@kernel
+def merge_repeated_stats(numbers, merged):
+    """Chunks of channels from chunks in which each has several columns; see `narrow`.
+
+    By the pooled form, as in `channels.merge_chunks`.
+    """
+    chunks, _, C = merged.shape
+    columns = numbers.shape[2]
+    for k in range(chunks):
+        n = numbers[k, COUNT, 0]
+        count = n * (columns // C)
+        for c in range(C):
+            center = numbers[k, CENTER, c]
+            total, lost = 0.0, 0.0
+            for j in range(c, columns, C):
+                total, lost = add_carefully(total, lost, (numbers[k, CENTER, j] - center) * n)
+                total, lost = add_carefully(total, lost, numbers[k, SUM, j])
+            total += lost
+            m2, lost = 0.0, 0.0
+            for j in range(c, columns, C):
+                apart = numbers[k, SUM, j] / n + (numbers[k, CENTER, j] - center) - total / count
+                m2, lost = add_carefully(m2, lost, numbers[k, M2, j] + n * apart * apart)
+            merged[k, COUNT, c] = count
+            merged[k, CENTER, c] = center
+            merged[k, SUM, c] = total
+            merged[k, M2, c] = m2 + lost
 
 
 # --- forward ----------------------------------------------------------------------------------
