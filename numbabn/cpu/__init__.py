@@ -42,7 +42,7 @@ def forward_eval(
     bias: Array, running_mean: Array, running_var: Array, eps: float, relu: bool,
 ) -> None:  # fmt: skip
     """Normalize with the running statistics."""
-    if narrow.rows_as_one(view) > 1 or (not view.columns and view.N >= TABLE_FROM):
+    if narrow.rows_as_one(view) > 1:
         table = eval_table(x, weight, bias, running_mean, running_var, eps)
         return normalize(x, residual, bits, out, view, table, relu)
     channels = (weight, bias, running_mean, running_var, eps, _NO_TABLE)
@@ -50,8 +50,6 @@ def forward_eval(
 
 
 _NO_TABLE = np.empty((0, 0))
-# Rows of planes for which what is known of a channel is worked out once, and not with each plane.
-TABLE_FROM = 4
 
 
 def eval_table(

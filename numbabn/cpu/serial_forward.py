@@ -168,7 +168,8 @@ def normalize_planes(
 ):
     """Items start:stop of the segments of all planes, in the order of memory.
 
-    With running statistics, the table has room for 16 channels, which are worked out as they come.
+    With running statistics, these are looked up 16 channels at a time as they come, or all of them
+    at first if they come more than once.
     """
     io = forward_io(x, residual, bits, out, if_needed(values_ahead(pointer(x))))
     across = (L + segment - 1) // segment
@@ -176,14 +177,19 @@ def normalize_planes(
     row, l0 = start // across, (start % across) * segment
     i, end = row * L + l0, (stop // across) * L + (stop % across) * segment
     c = row % C
-    if running_mean.size == 0:
-        bit = row * row_bits + l0 // LANES
-        normalize_run(
-            io, i, end, (row + 1) * L, L, bit, pointer(table), None, C, c, floor, streaming
-        )
-        return keep_alive(table)
-    own_table = np.empty((TABLE_ROWS, LANES))
+    known = running_mean.size == 0
+    at_first = not known and stop - start > C * across
+    own_table = np.empty((TABLE_ROWS, C if at_first else LANES))
     channels = channels_of(weight, bias, running_mean, running_var, 0.0, eps, own_table)
+    if known or at_first:
+        for first in range(0, C if at_first else 0, LANES):
+            finish_running(io.x, channels, first, lanes_at(first, C), first)
+        bit = row * row_bits + l0 // LANES
+        numbers = pointer(table) if known else channels.table
+        normalize_run(
+            io, i, end, (row + 1) * L, L, bit, numbers, None, C, c, floor, streaming
+        )
+        return keep_alive(table) + keep_alive(own_table)
     while i < end:
         lanes = lanes_at(c, C)
         finish_running(io.x, channels, c, lanes, 0)
