@@ -3,14 +3,23 @@
 import numpy as np
 
 from numbabn.cpu.channels import lanes_at
-from numbabn.cpu.memory import load, load_first, load_upto, offset, prefetch, store, values_ahead
+from numbabn.cpu.memory import (
+    load,
+    load_first,
+    load_upto,
+    offset,
+    prefetch,
+    scalar,
+    store,
+    values_ahead,
+)
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reductions import (
+    FIRST_VALUES,
     add_eight,
     all_lanes,
     as_summed,
     exact_lanes,
-    first_value,
     put_chunk,
 )
 from numbabn.cpu.vector import (
@@ -133,15 +142,38 @@ def fold_all(sums, channels, L):
 
 
 @inline
-def take_centers(x, C, L, c0, c1, centers):
-    """The first value of each of channels c0:c1, or 0: see `first_value`."""
-    if L == 1:
-        for c in range(0, c1 - c0, LANES):
-            first = widen(load_upto(x, c0 + c, c1 - c0 - c, splat_like(x, 0.0)))
-            store(centers, c, where_finite(first, first, splat64(0.0)))
-    else:
-        for c in range(c1 - c0):
-            centers[c] = first_value(x, (c0 + c) * L)
+def centers_from(x, M):
+    """How many rows the centers are the mean of: a power of two, so that equal values have theirs.
+
+    One where values are float64, whose sums do not depend on it much.
+    """
+    rows = 1
+    while not is_double(x) and rows < FIRST_VALUES and 2 * rows <= M:
+        rows *= 2
+    return rows
+
+
+@inline
+def take_centers(x, C, L, c0, c1, rows, centers):
+    """The mean of the first value in each of the first rows, of channels c0:c1; 0 if not finite.
+
+    It is rounded to the type that `x` is computed with.
+    """
+    K = C * L
+    part, zero = splat64(1.0 / rows), splat64(0.0)
+    for c in range(0, c1 - c0, LANES):
+        lanes = lanes_at(c, c1 - c0)
+        total = zero
+        for row in range(rows):
+            i = row * K + (c0 + c) * L
+            if L == 1:
+                total = total + widen(load_upto(x, i, lanes, splat_like(x, 0.0)))
+            else:
+                for j in range(lanes):
+                    centers[c + j] = scalar(x, i + j * L)
+                total = total + load(centers, c)
+        total = widen(narrow_like(x, total * part))
+        store(centers, c, where_finite(total, total, zero))
 
 
 @inline
@@ -165,17 +197,18 @@ def replace_inexact(count, sums, squares, exact_sums, exact_squares, channels):
 
 
 @function
-def column_chunk(x, C, L, k, m0, m1, c0, c1, work, space, partials, at):
+def column_chunk(x, C, L, k, m0, m1, c0, c1, first, work, space, partials, at):
     """Statistics of rows m0:m1 of channels c0:c1, into chunk k of `partials`, from place `at` on.
 
-    `work` is scratch: six times `space` numbers.
+    The mean of the `first` rows is what they are summed relative to. `work` is scratch: six times
+    `space` numbers.
     """
     K = C * L
     width = (c1 - c0) * L
     shifts, sums = work, offset(work, space)
     squares, centers = offset(work, 2 * space), offset(work, 3 * space)
     count = np.float64((m1 - m0) * L)
-    take_centers(x, C, L, c0, c1, centers)
+    take_centers(x, C, L, c0, c1, first, centers)
     spread(centers, c1 - c0, L, shifts)
     column_sums(x, K, m0, m1, c0 * L, width, shifts, sums, squares, None)
     if is_double(x):

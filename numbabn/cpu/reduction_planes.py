@@ -9,14 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from numbabn.cpu.memory import load, load_first, offset, prefetch, store, values_ahead
+from numbabn.cpu.memory import load, load_first, offset, prefetch, scalar, store, values_ahead
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reductions import (
     add_eight,
     all_lanes,
     as_summed,
     exact_lanes,
-    first_value,
     put_chunk,
 )
 from numbabn.cpu.vector import (
@@ -28,6 +27,7 @@ from numbabn.cpu.vector import (
     halve_8,
     halve_16,
     is_double,
+    round_like,
     splat64,
     splat_like,
     sum_lanes,
@@ -234,6 +234,17 @@ def sum_sixteen(lanes, step):
     return halve_2(sum_eight(lanes, step), sum_eight(offset(lanes, 8 * step), step))
 
 
+@inline
+def center_of(x, i):
+    """The mean of the first 16 values, or the first if they are float64; 0 if not finite.
+
+    Planes are as long as that. It is rounded to the type that `x` is computed with.
+    """
+    mean = scalar(x, i) if is_double(x) else sum_lanes(widen(load(x, i))) * (1.0 / LANES)
+    mean = np.float64(round_like(x, mean))
+    return mean if np.isfinite(mean) else 0.0
+
+
 @function
 def plane_chunk(x, C, L, c0, c1, k, n0, n1, l0, l1, reach, work, partials, at):
     """Statistics of the k-th chunk of channels c0:c1, into `partials` from place `at` on.
@@ -243,7 +254,7 @@ def plane_chunk(x, C, L, c0, c1, k, n0, n1, l0, l1, reach, work, partials, at):
     centers = offset(work, 2 * LANES * LANES)
     count = np.float64((n1 - n0) * (l1 - l0))
     for c in range(c0, c1):
-        centers[c - c0] = first_value(x, c * L)
+        centers[c - c0] = center_of(x, c * L)
     plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work, None)
     if is_double(x):
         for j in range(c1 - c0):

@@ -2,25 +2,21 @@
 
 Both views are cut into chunks by `schedule`, from the shape alone; a chunk of a channel sums to
 one entry of `partials` (see `channels`), whoever computes it. float32 and 16-bit values are summed
-relative to the channel's first value: a few vectors in float32, their sums in float64. That makes
-one pass enough, unless nearly all cancels or squares leave float32's range, which the sums show;
-then the chunk of that channel is summed again, all in float64. float64 values take a second pass
-over the chunk, about the chunk's own mean, while the chunk is in cache.
+relative to the mean of the channel's first values: a few vectors in float32, their sums in float64.
+That makes one pass enough, unless much cancels or squares leave float32's range, which the sums
+show; then the chunk of that channel is summed again, all in float64. float64 values take a second
+pass over the chunk, about the chunk's own mean, while the chunk is in cache.
 """
 
 import numpy as np
 
 from numbabn.cpu.channels import CENTER, COUNT, M2, SUM, partial_of
-from numbabn.cpu.memory import put, scalar
+from numbabn.cpu.memory import put
 from numbabn.cpu.options import inline
 from numbabn.cpu.vector import clip_below, fma, positive_bits, splat64, widen
 
-
-@inline
-def first_value(x, index):
-    """What a channel is summed relative to: its first value, or 0 if that is not finite."""
-    value = scalar(x, index)
-    return value if np.isfinite(value) else 0.0
+# Values whose mean a channel is summed relative to.
+FIRST_VALUES = 8
 
 
 @inline
@@ -42,7 +38,7 @@ def add_eight(a, b, c, d, e, f, g, h):
 # Squares of float32 numbers lose digits below this, as their mean.
 SMALLEST_SQUARE = 1e-30
 # The most by which the mean of the squares may exceed the variance: it multiplies rounding errors.
-MOST_CANCELLED = 16.0
+MOST_CANCELLED = 4.0
 
 
 @inline

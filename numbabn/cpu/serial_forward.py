@@ -32,7 +32,7 @@ from numbabn.cpu.normalization import (
     spread_affine,
 )
 from numbabn.cpu.options import inline, kernel
-from numbabn.cpu.reduction_columns import column_chunk
+from numbabn.cpu.reduction_columns import centers_from, column_chunk
 from numbabn.cpu.reduction_planes import PLANE_WORK, plane_chunk, reach_of
 from numbabn.cpu.vector import LANES, splat64
 
@@ -76,7 +76,7 @@ def stats_columns(x, M, C, L, rows, block, numbers, start, stop):
         c0 = (item // partials.chunks) * block
         column_chunk(
             pointer(x), C, L, k, k * rows, min(M, (k + 1) * rows), c0, min(C, c0 + block),
-            aligned(pointer(work)), space, partials, c0,
+            centers_from(pointer(x), M), aligned(pointer(work)), space, partials, c0,
         )
     return keep_alive(work)
 
@@ -298,8 +298,8 @@ def forward_columns(
         c1 = min(C, c0 + block)
         for k in range(chunks):
             column_chunk(
-                io.x, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, aligned(pointer(work)),
-                space, partials, 0,
+                io.x, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, centers_from(io.x, M),
+                aligned(pointer(work)), space, partials, 0,
             )
         for c in range(c0, c1, LANES):
             finish_training(io.x, partials, channels, c - c0, c, lanes_at(c, c1))
