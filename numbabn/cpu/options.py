@@ -8,10 +8,34 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from numba import njit
+from numba import njit, types
 
-function = njit(error_model="numpy")
-inline = njit(error_model="numpy", forceinline=True)  # for what is called once per vector
+
+def _plainly_typed(dispatcher: Any) -> Any:
+    """Have `dispatcher` take a constant integer as any other.
+
+    Numba would compile the function anew for each one that it is called with, and a first call is
+    long enough. LLVM sees the constants again where it inlines.
+    """
+    find: Any = getattr(dispatcher, "get_call_template", None)
+    if find is not None:
+
+        def find_plain(args: Any, kws: Any) -> Any:
+            plain = (types.unliteral(a) if isinstance(a, types.IntegerLiteral) else a for a in args)
+            return find(tuple(plain), kws)
+
+        dispatcher.get_call_template = find_plain
+    return dispatcher
+
+
+def _inner(**options: Any) -> Any:
+    """Compile what only kernels call: without the ways in from Python and from C."""
+    compiler = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)
+    return lambda python_function: _plainly_typed(compiler(python_function))
+
+
+function = _inner()
+inline = _inner(forceinline=True)  # for what is called once per vector
 
 
 @cache

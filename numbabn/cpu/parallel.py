@@ -13,13 +13,6 @@ from numbabn.cpu.options import function, parallel_kernel
 # fmt: off
 
 
-@parallel_kernel
-def probe(values):
-    """The smallest parallel kernel, to make Numba choose its threading layer."""
-    for i in prange(values.size):
-        values[i] = 0.0
-
-
 @function
 def share(items, parts, part):
     """Where `part` begins."""

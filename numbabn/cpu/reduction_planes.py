@@ -9,12 +9,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from numbabn.cpu.memory import load, load_first, offset, prefetch, scalar, store, values_ahead
+from numbabn.cpu.memory import (
+    load,
+    load_first,
+    load_upto,
+    offset,
+    prefetch,
+    scalar,
+    store,
+    values_ahead,
+)
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reductions import (
     add_eight,
     all_lanes,
-    as_summed,
     exact_lanes,
     put_chunk,
 )
@@ -92,26 +100,26 @@ def kept(work, j, fresh):
 
 
 @inline
-def add_vector(x, i, K, center, wide, few, few_squares):
+def add_vector(x, i, K, center, few, few_squares):
     """Add 16 lanes of ``x - center``, and of the next row where K is not None, to the two sums."""
-    d = as_summed(wide, load(x, i)) - center
+    d = load(x, i) - center
     few = few + d
     few_squares = fma(d, d, few_squares)
     if K is not None:
-        d = as_summed(wide, load(x, i + K)) - center
+        d = load(x, i + K) - center
         few = few + d
         few_squares = fma(d, d, few_squares)
     return few, few_squares
 
 
 @inline
-def add_part(x, i, K, count, fill, center, wide, few, few_squares):
+def add_part(x, i, K, count, center, few, few_squares):
     """The same for fewer than 16 lanes."""
-    d = as_summed(wide, load_first(x, i, count, fill)) - center
+    d = load_first(x, i, count, center) - center
     few = few + d
     few_squares = fma(d, d, few_squares)
     if K is not None:
-        d = as_summed(wide, load_first(x, i + K, count, fill)) - center
+        d = load_first(x, i + K, count, center) - center
         few = few + d
         few_squares = fma(d, d, few_squares)
     return few, few_squares
@@ -125,20 +133,19 @@ def ask_planes(x, i, K, ahead):
 
 
 @function
-def add_planes(x, i, K, L, channels, lane, centers, ahead, fresh, work, wide):
+def add_planes(x, i, K, L, channels, lane, centers, ahead, fresh, work):
     """Add planes of L elements from x[i] on, one of each channel, to their two sums in `work`.
 
     Those are the sums of ``d = x - center`` and of ``d * d``, in 16 lanes each; they begin with
     nothing if `fresh`. The first plane begins in the middle of a vector if `lane` is not 0. Unless
     K is None, the planes of the next row, K elements on, are added with them.
     """
-    zero = as_summed(wide, splat_like(x, 0.0))
-    fill = splat_like(x, centers[0])
-    center = as_summed(wide, fill)
+    zero = splat_like(x, 0.0)
+    center = splat_like(x, centers[0])
     turn = i + L
     few, few_squares = zero, zero
     if lane > 0:
-        both, squares = add_vector(x, i - lane, K, center, wide, zero, zero)
+        both, squares = add_vector(x, i - lane, K, center, zero, zero)
         few, few_squares = blend(lane, zero, both), blend(lane, zero, squares)
         i += LANES - lane
     for j in range(channels):
@@ -148,41 +155,40 @@ def add_planes(x, i, K, L, channels, lane, centers, ahead, fresh, work, wide):
                 for step in range(8):
                     prefetch(x, i + ahead + step * LANES)
                 eight, eight_squares = add_eight(
-                    as_summed(wide, load(x, i)) - center,
-                    as_summed(wide, load(x, i + LANES)) - center,
-                    as_summed(wide, load(x, i + 2 * LANES)) - center,
-                    as_summed(wide, load(x, i + 3 * LANES)) - center,
-                    as_summed(wide, load(x, i + 4 * LANES)) - center,
-                    as_summed(wide, load(x, i + 5 * LANES)) - center,
-                    as_summed(wide, load(x, i + 6 * LANES)) - center,
-                    as_summed(wide, load(x, i + 7 * LANES)) - center,
+                    load(x, i) - center,
+                    load(x, i + LANES) - center,
+                    load(x, i + 2 * LANES) - center,
+                    load(x, i + 3 * LANES) - center,
+                    load(x, i + 4 * LANES) - center,
+                    load(x, i + 5 * LANES) - center,
+                    load(x, i + 6 * LANES) - center,
+                    load(x, i + 7 * LANES) - center,
                 )
                 total = total + widen(eight)
                 squares = squares + widen(eight_squares)
                 i += 8 * LANES
         while i + LANES <= turn:
             ask_planes(x, i, K, ahead)
-            few, few_squares = add_vector(x, i, K, center, wide, few, few_squares)
+            few, few_squares = add_vector(x, i, K, center, few, few_squares)
             i += LANES
         rest = turn - i
         next_few, next_squares = zero, zero
         if j + 1 < channels:
-            fill = splat_like(x, centers[j + 1])
-            following = as_summed(wide, fill)
+            following = splat_like(x, centers[j + 1])
             if rest > 0:
                 ask_planes(x, i, K, ahead)
                 # Added up apart from what there is, so that lanes can be told apart, and so at
                 # the end, which is the same to the last bit.
-                part, part_squares = add_vector(x, i, K, center, wide, zero, zero)
+                part, part_squares = add_vector(x, i, K, center, zero, zero)
                 few = few + blend(rest, part, zero)
                 few_squares = few_squares + blend(rest, part_squares, zero)
-                part, part_squares = add_vector(x, i, K, following, wide, zero, zero)
+                part, part_squares = add_vector(x, i, K, following, zero, zero)
                 next_few = blend(rest, zero, part)
                 next_squares = blend(rest, zero, part_squares)
                 i += LANES
             center = following
         elif rest > 0:
-            part, part_squares = add_part(x, i, K, rest, fill, center, wide, zero, zero)
+            part, part_squares = add_part(x, i, K, rest, center, zero, zero)
             few = few + part
             few_squares = few_squares + part_squares
         store(work, j * 2 * LANES, total + widen(few))
@@ -192,25 +198,39 @@ def add_planes(x, i, K, L, channels, lane, centers, ahead, fresh, work, wide):
 
 
 @function
-def plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work, wide):
+def plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work):
     """The two sums over rows n0:n1, columns l0:l1 of each of channels c0:c1: lanes in `work`."""
+    together = go_together(L, l0, l1)
+    channels, lane = (c1 - c0, (c0 * L) % LANES) if together else (1, 0)
     n = n0
     while n < n1:
-        ahead = reach_from(reach, n)
-        fresh = n == n0
-        if go_together(L, l0, l1):
-            i, lane = (n * C + c0) * L, (c0 * L) % LANES
-            if in_pairs(L) and n + 2 <= n1:
-                add_planes(x, i, C * L, L, c1 - c0, lane, centers, ahead, fresh, work, wide)
-                n += 1
-            else:
-                add_planes(x, i, None, L, c1 - c0, lane, centers, ahead, fresh, work, wide)
+        ahead, fresh = reach_from(reach, n), n == n0
+        if together and in_pairs(L) and n + 2 <= n1:
+            i = (n * C + c0) * L
+            add_planes(x, i, C * L, L, channels, lane, centers, ahead, fresh, work)
+            n += 2
         else:
-            for j in range(c1 - c0):
+            for j in range(0, c1 - c0, channels):
                 i = (n * C + c0 + j) * L + l0
                 own, lanes = offset(centers, j), offset(work, j * 2 * LANES)
-                add_planes(x, i, None, l1 - l0, 1, 0, own, ahead, fresh, lanes, wide)
-        n += 1
+                add_planes(x, i, None, l1 - l0, channels, lane, own, ahead, fresh, lanes)
+            n += 1
+
+
+@function
+def wide_sums(x, C, L, c, n0, n1, l0, l1, center):
+    """The two sums of channel c, all in float64: for values whose float32 sums lose digits."""
+    shift, total = splat64(center), splat64(0.0)
+    squares, fill = total, splat_like(x, center)
+    for n in range(n0, n1):
+        i = (n * C + c) * L + l0
+        end = i + l1 - l0
+        while i < end:
+            d = widen(load_upto(x, i, end - i, fill)) - shift
+            total = total + d
+            squares = fma(d, d, squares)
+            i += LANES
+    return sum_lanes(total), sum_lanes(squares)
 
 
 @inline
@@ -255,13 +275,13 @@ def plane_chunk(x, C, L, c0, c1, k, n0, n1, l0, l1, reach, work, partials, at):
     count = np.float64((n1 - n0) * (l1 - l0))
     for c in range(c0, c1):
         centers[c - c0] = center_of(x, c * L)
-    plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work, None)
+    plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work)
     if is_double(x):
         for j in range(c1 - c0):
             total = sum_lanes(load(work, j * 2 * LANES))
             if np.isfinite(total):
                 centers[j] += total / count
-        plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work, None)
+        plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work)
     lanes, totals, squares = c1 - c0, offset(centers, LANES), offset(centers, 2 * LANES)
     store(totals, 0, sum_sixteen(work, 2 * LANES))
     store(squares, 0, sum_sixteen(offset(work, LANES), 2 * LANES))
@@ -269,8 +289,5 @@ def plane_chunk(x, C, L, c0, c1, k, n0, n1, l0, l1, reach, work, partials, at):
     if not (is_double(x) or all_lanes(exact, lanes)):
         for j in range(lanes):
             if not (exact >> np.uint16(j)) & np.uint16(1):
-                c, own = c0 + j, offset(centers, j)
-                plane_sums(x, C, L, c, c + 1, n0, n1, l0, l1, own, reach, work, True)
-                totals[j] = sum_lanes(load(work, 0))
-                squares[j] = sum_lanes(load(work, LANES))
+                totals[j], squares[j] = wide_sums(x, C, L, c0 + j, n0, n1, l0, l1, centers[j])
     put_chunk(count, load(centers, 0), load(totals, 0), load(squares, 0), partials, k, at, lanes)

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numba
 import numba.np.ufunc.parallel as numba_parallel
-import numpy as np
 from numpy.typing import NDArray
 
 from numbabn.cpu import parallel, serial
@@ -263,9 +262,8 @@ _one_at_a_time = threading.Lock()
 
 @cache
 def _layer() -> str:
-    """The threading layer, which Numba chooses at the first parallel call."""
-    with _one_at_a_time:
-        parallel.probe(np.zeros(1))
+    """The threading layer, which Numba chooses when it starts its threads."""
+    numba.get_num_threads()
     return str(numba.threading_layer())
 
 
