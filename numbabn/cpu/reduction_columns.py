@@ -87,18 +87,8 @@ def add_eight_rows(x, i, K, ahead, j, count, shifts, sums, squares, wide):
     """Add eight rows, the first at x[i], to the running sums of columns j:j+16."""
     for row in range(8):
         prefetch(x, i + ahead + row * K)
-    zero = splat_like(x, 0.0)
     center = as_summed(wide, narrow_like(x, load(shifts, j)))
-    total, total_squares = add_eight(
-        as_summed(wide, load_upto(x, i, count, zero)) - center,
-        as_summed(wide, load_upto(x, i + K, count, zero)) - center,
-        as_summed(wide, load_upto(x, i + 2 * K, count, zero)) - center,
-        as_summed(wide, load_upto(x, i + 3 * K, count, zero)) - center,
-        as_summed(wide, load_upto(x, i + 4 * K, count, zero)) - center,
-        as_summed(wide, load_upto(x, i + 5 * K, count, zero)) - center,
-        as_summed(wide, load_upto(x, i + 6 * K, count, zero)) - center,
-        as_summed(wide, load_upto(x, i + 7 * K, count, zero)) - center,
-    )
+    total, total_squares = add_eight(x, i, K, count, center, wide)
     store(sums, j, load(sums, j) + widen(total))
     store(squares, j, load(squares, j) + widen(total_squares))
 

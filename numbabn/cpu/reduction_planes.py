@@ -154,16 +154,7 @@ def add_planes(x, i, K, L, channels, lane, centers, ahead, fresh, work):
             while i + 8 * LANES <= turn:
                 for step in range(8):
                     prefetch(x, i + ahead + step * LANES)
-                eight, eight_squares = add_eight(
-                    load(x, i) - center,
-                    load(x, i + LANES) - center,
-                    load(x, i + 2 * LANES) - center,
-                    load(x, i + 3 * LANES) - center,
-                    load(x, i + 4 * LANES) - center,
-                    load(x, i + 5 * LANES) - center,
-                    load(x, i + 6 * LANES) - center,
-                    load(x, i + 7 * LANES) - center,
-                )
+                eight, eight_squares = add_eight(x, i, LANES, LANES, center, None)
                 total = total + widen(eight)
                 squares = squares + widen(eight_squares)
                 i += 8 * LANES

@@ -11,9 +11,9 @@ pass over the chunk, about the chunk's own mean, while the chunk is in cache.
 import numpy as np
 
 from numbabn.cpu.channels import CENTER, COUNT, M2, SUM, partial_of
-from numbabn.cpu.memory import put
+from numbabn.cpu.memory import load_upto, put
 from numbabn.cpu.options import inline
-from numbabn.cpu.vector import clip_below, fma, positive_bits, splat64, widen
+from numbabn.cpu.vector import clip_below, fma, positive_bits, splat64, splat_like, widen
 
 # Values whose mean a channel is summed relative to.
 FIRST_VALUES = 8
@@ -28,11 +28,35 @@ def as_summed(wide, value):
 
 
 @inline
-def add_eight(a, b, c, d, e, f, g, h):
-    """Eight vectors' sum and sum of squares: short trees, whose rounding errors do not pile up."""
-    even = fma(g, g, fma(e, e, fma(c, c, a * a)))
-    odd = fma(h, h, fma(f, f, fma(d, d, b * b)))
-    return ((a + b) + (c + d)) + ((e + f) + (g + h)), even + odd
+def difference(x, i, count, center, wide):
+    """`count` lanes of ``x - center``, from x[i] on."""
+    return as_summed(wide, load_upto(x, i, count, splat_like(x, 0.0))) - center
+
+
+@inline
+def add_one(x, i, count, center, wide, total, squares):
+    """Add such a vector and its square to two sums."""
+    d = difference(x, i, count, center, wide)
+    return total + d, fma(d, d, squares)
+
+
+@inline
+def add_eight(x, i, step, count, center, wide):
+    """The sums of eight vectors ``d = x - center`` and of their squares, `step` elements apart.
+
+    Chains are of four, so that rounding errors do not pile up; and few vectors are at hand at a
+    time, as AVX2 has registers for no more than eight of 16 float32 numbers.
+    """
+    even = difference(x, i, count, center, wide)
+    odd = difference(x, i + step, count, center, wide)
+    even_squares, odd_squares = even * even, odd * odd
+    even, even_squares = add_one(x, i + 2 * step, count, center, wide, even, even_squares)
+    odd, odd_squares = add_one(x, i + 3 * step, count, center, wide, odd, odd_squares)
+    even, even_squares = add_one(x, i + 4 * step, count, center, wide, even, even_squares)
+    odd, odd_squares = add_one(x, i + 5 * step, count, center, wide, odd, odd_squares)
+    even, even_squares = add_one(x, i + 6 * step, count, center, wide, even, even_squares)
+    odd, odd_squares = add_one(x, i + 7 * step, count, center, wide, odd, odd_squares)
+    return even + odd, even_squares + odd_squares
 
 
 # Squares of float32 numbers lose digits below this, as their mean.
