@@ -100,6 +100,13 @@ def kept(work, j, fresh):
 
 
 @inline
+def keep_sums(work, j, total, squares):
+    """Put them there."""
+    store(work, j * 2 * LANES, total)
+    store(work, (2 * j + 1) * LANES, squares)
+
+
+@inline
 def add_vector(x, i, K, center, few, few_squares):
     """Add 16 lanes of ``x - center``, and of the next row where K is not None, to the two sums."""
     d = load(x, i) - center
@@ -141,49 +148,53 @@ def add_planes(x, i, K, L, channels, lane, centers, ahead, fresh, work):
     K is None, the planes of the next row, K elements on, are added with them.
     """
     zero = splat_like(x, 0.0)
-    center = splat_like(x, centers[0])
     turn = i + L
     few, few_squares = zero, zero
     if lane > 0:
-        both, squares = add_vector(x, i - lane, K, center, zero, zero)
+        both, squares = add_vector(x, i - lane, K, splat_like(x, centers[0]), zero, zero)
         few, few_squares = blend(lane, zero, both), blend(lane, zero, squares)
         i += LANES - lane
     for j in range(channels):
-        total, squares = kept(work, j, fresh)
-        if K is None:
-            while i + 8 * LANES <= turn:
-                for step in range(8):
-                    prefetch(x, i + ahead + step * LANES)
-                eight, eight_squares = add_eight(x, i, LANES, LANES, center, None)
-                total = total + widen(eight)
-                squares = squares + widen(eight_squares)
-                i += 8 * LANES
+        # Looked up anew, not kept from the last turn: then LLVM knows that its lanes are equal.
+        center = splat_like(x, centers[j])
+        nothing_yet = fresh
+        if K is None:  # noqa: SIM102 - see `head_of`
+            if i + 8 * LANES <= turn:
+                total, squares = kept(work, j, fresh)
+                while i + 8 * LANES <= turn:
+                    for step in range(8):
+                        prefetch(x, i + ahead + step * LANES)
+                    eight, eight_squares = add_eight(x, i, LANES, LANES, center, None)
+                    total = total + widen(eight)
+                    squares = squares + widen(eight_squares)
+                    i += 8 * LANES
+                keep_sums(work, j, total, squares)
+                nothing_yet = False
         while i + LANES <= turn:
             ask_planes(x, i, K, ahead)
             few, few_squares = add_vector(x, i, K, center, few, few_squares)
             i += LANES
         rest = turn - i
         next_few, next_squares = zero, zero
-        if j + 1 < channels:
-            following = splat_like(x, centers[j + 1])
-            if rest > 0:
+        if rest > 0:
+            if j + 1 < channels:
                 ask_planes(x, i, K, ahead)
                 # Added up apart from what there is, so that lanes can be told apart, and so at
                 # the end, which is the same to the last bit.
                 part, part_squares = add_vector(x, i, K, center, zero, zero)
                 few = few + blend(rest, part, zero)
                 few_squares = few_squares + blend(rest, part_squares, zero)
+                following = splat_like(x, centers[j + 1])
                 part, part_squares = add_vector(x, i, K, following, zero, zero)
                 next_few = blend(rest, zero, part)
                 next_squares = blend(rest, zero, part_squares)
                 i += LANES
-            center = following
-        elif rest > 0:
-            part, part_squares = add_part(x, i, K, rest, center, zero, zero)
-            few = few + part
-            few_squares = few_squares + part_squares
-        store(work, j * 2 * LANES, total + widen(few))
-        store(work, (2 * j + 1) * LANES, squares + widen(few_squares))
+            else:
+                part, part_squares = add_part(x, i, K, rest, center, zero, zero)
+                few = few + part
+                few_squares = few_squares + part_squares
+        total, squares = kept(work, j, nothing_yet)
+        keep_sums(work, j, total + widen(few), squares + widen(few_squares))
         few, few_squares = next_few, next_squares
         turn += L
 
