@@ -14,7 +14,6 @@ from numbabn.cpu.channels import (
 )
 from numbabn.cpu.gradients import (
     Slopes,
-    add_four,
     gradient_part,
     put_gradient,
     put_pair,
@@ -26,7 +25,7 @@ from numbabn.cpu.memory import load, offset, put, store
 from numbabn.cpu.normalization import MOST_IN_CACHE, affine_at, head_of
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reduction_columns import fold_all, rows_ahead, spread
-from numbabn.cpu.vector import LANES, splat64, widen
+from numbabn.cpu.vector import LANES, fma, splat64, widen
 
 
 @function
@@ -64,6 +63,14 @@ def add_row(io, i, bit, width, columns, relu, streaming, sums, products):
     if j < width:
         g, xhat = sum_part(io, i + j, bit, width - j, affine_at(columns, j), relu)
         add_to(sums, products, j, g, g * xhat)
+
+
+@inline
+def add_four(g0, x0, g1, x1, g2, x2, g3, x3, unit):
+    """Four vectors' sums of g and of ``g * xmu * unit``."""
+    even = fma(g2, x2 * unit, g0 * (x0 * unit))
+    odd = fma(g3, x3 * unit, g1 * (x1 * unit))
+    return (g0 + g1) + (g2 + g3), even + odd
 
 
 @function

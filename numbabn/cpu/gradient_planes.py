@@ -6,7 +6,6 @@ from numbabn.cpu.channels import COUNT, GRAD_MEAN, OFFSET, SLOPE, SUM_DY, SUM_DY
 from numbabn.cpu.gradients import (
     Backward,
     Slopes,
-    add_four,
     gradient_part,
     put_gradient,
     put_pair,
@@ -14,10 +13,17 @@ from numbabn.cpu.gradients import (
     read_pair,
     sum_part,
 )
-from numbabn.cpu.memory import elements_past_boundary, offset, put, store
+from numbabn.cpu.memory import elements_past_boundary, offset, put
 from numbabn.cpu.normalization import affine_of, blend_affine, head_of
 from numbabn.cpu.options import function, inline
-from numbabn.cpu.reduction_planes import go_together, in_pairs, kept, reach_from, sum_sixteen
+from numbabn.cpu.reduction_planes import (
+    go_together,
+    in_pairs,
+    keep_sums,
+    kept,
+    reach_from,
+    sum_sixteen,
+)
 from numbabn.cpu.runs import along_planes, along_rows
 from numbabn.cpu.vector import LANES, blend, fma, splat64, splat_like, widen
 
@@ -34,6 +40,24 @@ def add_vector(io, i, K, bit, affine, relu, streaming, few, few_products):
     put_pair(io, i + K, LANES, g1, x1, affine, None, streaming)
     few_products = fma(g1, x1 * affine.unit, fma(g, xmu * affine.unit, few_products))
     return (few + g) + g1, few_products
+
+
+@inline
+def add_four(io, i, bit, affine, relu, streaming):
+    """The two sums of four vectors, which are stored as well; one at a time, for few registers."""
+    g, xmu = read_pair(io, i, bit, affine, relu)
+    put_pair(io, i, LANES, g, xmu, affine, None, streaming)
+    even, even_products = g, g * (xmu * affine.unit)
+    g, xmu = read_pair(io, i + LANES, bit + 1, affine, relu)
+    put_pair(io, i + LANES, LANES, g, xmu, affine, None, streaming)
+    odd, odd_products = g, g * (xmu * affine.unit)
+    even, even_products = add_vector(
+        io, i + 2 * LANES, None, bit + 2, affine, relu, streaming, even, even_products
+    )
+    odd, odd_products = add_vector(
+        io, i + 3 * LANES, None, bit + 3, affine, relu, streaming, odd, odd_products
+    )
+    return even + odd, even_products + odd_products
 
 
 @inline
@@ -54,11 +78,11 @@ def add_plane_grads(io, i, K, L, channels, lane, bit, table, C, c, relu, streami
     Stores what eval mode knows.
     """
     zero = splat_like(io.x, 0.0)
-    affine = affine_of(io.x, table, C, c)
     turn = i + L
     few, few_products = zero, zero
     if lane > 0:
         reading = Backward(io.grad_output, io.x, io.bits, None, None, None)
+        affine = affine_of(io.x, table, C, c)
         part, part_products = add_vector(reading, i - lane, K, bit, affine, relu, False, zero, zero)
         few, few_products = blend(lane, zero, part), blend(lane, zero, part_products)
         # Only now, as what is written may be what was read.
@@ -67,22 +91,19 @@ def add_plane_grads(io, i, K, L, channels, lane, bit, table, C, c, relu, streami
             gradient_part(io, i + K, bit, LANES - lane, affine, None, relu)
         i += LANES - lane
     for j in range(channels):
-        total, products = kept(work, j, fresh)
-        if K is None:
-            while i + 4 * LANES <= turn:
-                g0, x0 = read_pair(io, i, bit, affine, relu)
-                g1, x1 = read_pair(io, i + LANES, bit + 1, affine, relu)
-                g2, x2 = read_pair(io, i + 2 * LANES, bit + 2, affine, relu)
-                g3, x3 = read_pair(io, i + 3 * LANES, bit + 3, affine, relu)
-                put_pair(io, i, LANES, g0, x0, affine, None, streaming)
-                put_pair(io, i + LANES, LANES, g1, x1, affine, None, streaming)
-                put_pair(io, i + 2 * LANES, LANES, g2, x2, affine, None, streaming)
-                put_pair(io, i + 3 * LANES, LANES, g3, x3, affine, None, streaming)
-                four, four_products = add_four(g0, x0, g1, x1, g2, x2, g3, x3, affine.unit)
-                total = total + widen(four)
-                products = products + widen(four_products)
-                i += 4 * LANES
-                bit += 4
+        affine = affine_of(io.x, table, C, c + j)
+        nothing_yet = fresh
+        if K is None:  # noqa: SIM102 - see `head_of`
+            if i + 4 * LANES <= turn:
+                total, products = kept(work, j, fresh)
+                while i + 4 * LANES <= turn:
+                    four, four_products = add_four(io, i, bit, affine, relu, streaming)
+                    total = total + widen(four)
+                    products = products + widen(four_products)
+                    i += 4 * LANES
+                    bit += 4
+                keep_sums(work, j, total, products)
+                nothing_yet = False
         while i + LANES <= turn:
             few, few_products = add_vector(
                 io, i, K, bit, affine, relu, streaming, few, few_products
@@ -91,23 +112,21 @@ def add_plane_grads(io, i, K, L, channels, lane, bit, table, C, c, relu, streami
             bit += 1
         rest = turn - i
         next_few, next_products = zero, zero
-        if j + 1 < channels:
-            following = affine_of(io.x, table, C, c + j + 1)
-            if rest > 0:
-                mixed = blend_affine(rest, affine, following)
+        if rest > 0:
+            if j + 1 < channels:
+                mixed = blend_affine(rest, affine, affine_of(io.x, table, C, c + j + 1))
                 part, part_products = add_vector(io, i, K, bit, mixed, relu, streaming, zero, zero)
                 few = few + blend(rest, part, zero)
                 few_products = few_products + blend(rest, part_products, zero)
                 next_few = blend(rest, zero, part)
                 next_products = blend(rest, zero, part_products)
                 i += LANES
-            affine = following
-        elif rest > 0:
-            part, part_products = add_part(io, i, K, bit, rest, affine, relu)
-            few = few + part
-            few_products = few_products + part_products
-        store(work, j * 2 * LANES, total + widen(few))
-        store(work, (2 * j + 1) * LANES, products + widen(few_products))
+            else:
+                part, part_products = add_part(io, i, K, bit, rest, affine, relu)
+                few = few + part
+                few_products = few_products + part_products
+        total, products = kept(work, j, nothing_yet)
+        keep_sums(work, j, total + widen(few), products + widen(few_products))
         few, few_products = next_few, next_products
         turn += L
 

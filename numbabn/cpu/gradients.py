@@ -107,11 +107,3 @@ def sum_part(io, i, bit, count, affine, relu):
     g, xmu = read_part(io, i, bit, count, affine, relu)
     put_pair(io, i, count, g, xmu, affine, None, False)
     return g, xmu * affine.unit
-
-
-@inline
-def add_four(g0, x0, g1, x1, g2, x2, g3, x3, unit):
-    """Four vectors' sums of g and of ``g * xmu * unit``."""
-    even = fma(g2, x2 * unit, g0 * (x0 * unit))
-    odd = fma(g3, x3 * unit, g1 * (x1 * unit))
-    return (g0 + g1) + (g2 + g3), even + odd
