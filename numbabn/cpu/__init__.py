@@ -131,8 +131,9 @@ def _backward_partials(
     plan = schedule.plan_for(x, view)
     partials = np.empty((plan.chunks, BACKWARD_FIELDS, view.C))
     written = [array for array in (grad_input, grad_residual) if array is not None]
-    whole_rows = view.columns or bits is not None
-    streaming = bool(written) and schedule.streams(view, x.nbytes, whole_rows, *written)
+    alike = not view.columns or view.C * view.L * x.itemsize % 64 == 0
+    streaming = bool(written) and alike
+    streaming = streaming and schedule.streams(view, x.nbytes, bits is not None, *written)
     schedule.run(
         "backward_sums_", plan, plan.chunk_items, grad_output, x, bits, grad_input,
         grad_residual, *plan.chunk_sizes, narrow.repeat(table, times), partials, relu, streaming,

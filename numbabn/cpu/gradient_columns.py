@@ -22,10 +22,10 @@ from numbabn.cpu.gradients import (
     sum_part,
 )
 from numbabn.cpu.memory import load, offset, put, store
-from numbabn.cpu.normalization import MOST_IN_CACHE, affine_at, head_of
+from numbabn.cpu.normalization import MOST_IN_CACHE, affine_at, head_of, lead_of
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reduction_columns import fold_all, rows_ahead, spread
-from numbabn.cpu.vector import LANES, fma, splat64, widen
+from numbabn.cpu.vector import LANES, blend, fma, splat64, splat_like, widen
 
 
 @function
@@ -34,6 +34,21 @@ def spread_slopes(slopes, C, c0, c1, L, columns):
     spread(offset(slopes, GRAD_MEAN * C + c0), c1 - c0, L, columns.grad_mean)
     spread(offset(slopes, SLOPE * C + c0), c1 - c0, L, columns.slope)
     spread(offset(slopes, OFFSET * C + c0), c1 - c0, L, columns.offset)
+
+
+@inline
+def given(pointer, other):
+    """`pointer`, or `other` in place of None."""
+    if pointer is None:
+        return other
+    return pointer
+
+
+@inline
+def grad_lead(io, K, block, streaming):
+    """`lead_of`, for what is written or, if nothing is, for x."""
+    target = given(io.grad_input, given(io.grad_residual, io.x))
+    return lead_of(target, io.bits, K, block, streaming)
 
 
 @inline
@@ -50,9 +65,19 @@ def add_to(sums, products, j, total, product):
 
 
 @function
-def add_row(io, i, bit, width, columns, relu, streaming, sums, products):
+def add_end(io, i, bit, j, count, columns, relu, sums, products):
+    """Add columns j:j+count of a row, fewer than 16, to the running sums, and store them."""
+    g, xhat = sum_part(io, i + j, bit, count, affine_at(columns, j), relu)
+    zero = splat_like(io.x, 0.0)
+    add_to(sums, products, j, blend(count, g, zero), blend(count, g * xhat, zero))
+
+
+@function
+def add_row(io, i, bit, lead, width, columns, relu, streaming, sums, products):
     """Add one row, which begins at x[i], to the running sums; stores what eval mode knows."""
-    j = 0
+    if lead > 0:
+        add_end(io, i, bit, 0, lead, columns, relu, sums, products)
+    j = lead
     while j + LANES <= width:
         affine = affine_at(columns, j)
         g, xmu = read_pair(io, i + j, bit, affine, relu)
@@ -61,8 +86,7 @@ def add_row(io, i, bit, width, columns, relu, streaming, sums, products):
         j += LANES
         bit += 1
     if j < width:
-        g, xhat = sum_part(io, i + j, bit, width - j, affine_at(columns, j), relu)
-        add_to(sums, products, j, g, g * xhat)
+        add_end(io, i, bit, j, width - j, columns, relu, sums, products)
 
 
 @inline
@@ -74,13 +98,16 @@ def add_four(g0, x0, g1, x1, g2, x2, g3, x3, unit):
 
 
 @function
-def add_four_rows(io, i, K, bit, row_bits, width, columns, relu, streaming, sums, products):
+def add_four_rows(io, i, K, bit, row_bits, lead, width, columns, relu, streaming, sums, products):
     """The same for four rows, so that the running sums of whole vectors are touched once for all.
 
     All are loaded before anything is stored: rows are often multiples of 4 KiB apart, and
     processors compare the last 12 bits of an address first.
     """
-    j = 0
+    if lead > 0:
+        for row in range(4):
+            add_end(io, i + row * K, bit, 0, lead, columns, relu, sums, products)
+    j = lead
     while j + LANES <= width:
         affine = affine_at(columns, j)
         g0, x0 = read_pair(io, i + j, bit, affine, relu)
@@ -96,33 +123,37 @@ def add_four_rows(io, i, K, bit, row_bits, width, columns, relu, streaming, sums
         j += LANES
         bit += 1
     if j < width:
-        affine = affine_at(columns, j)
         for row in range(4):
             at = bit + row * row_bits
-            g, xhat = sum_part(io, i + j + row * K, at, width - j, affine, relu)
-            add_to(sums, products, j, g, g * xhat)
+            add_end(io, i + row * K, at, j, width - j, columns, relu, sums, products)
 
 
 @function
-def column_grad_sums(io, K, m0, m1, k0, width, columns, relu, streaming, sums, products):
-    """Per column of k0:k0+width, add g and ``g * (x - MEAN) * UNIT`` of rows m0:m1."""
+def column_grad_sums(io, K, m0, m1, k0, lead, width, columns, relu, streaming, sums, products):
+    """Per column of k0:k0+width, add g and ``g * (x - MEAN) * UNIT`` of rows m0:m1.
+
+    `lead` of the columns come before the first boundary of 64 bytes.
+    """
     row_bits = (K + LANES - 1) // LANES
     io = read_ahead(io, rows_ahead(io.x, width, 4) * K)
+    lead = min(lead, width)
     m = m0
     while m < m1:
         i = m * K + k0
         bit = m * row_bits + k0 // LANES
         if m + 4 <= m1:
-            add_four_rows(io, i, K, bit, row_bits, width, columns, relu, streaming, sums, products)
+            add_four_rows(
+                io, i, K, bit, row_bits, lead, width, columns, relu, streaming, sums, products
+            )
             m += 4
         else:
-            add_row(io, i, bit, width, columns, relu, streaming, sums, products)
+            add_row(io, i, bit, lead, width, columns, relu, streaming, sums, products)
             m += 1
 
 
 @function
 def column_grad_chunk(
-    io, C, L, k, m0, m1, c0, c1, columns, relu, streaming, work, space, partials, at
+    io, C, L, k, m0, m1, c0, c1, lead, columns, relu, streaming, work, space, partials, at
 ):
     """Sums of rows m0:m1 of channels c0:c1, into chunk k of `partials`, from place `at` on."""
     sums, products = work, offset(work, space)
@@ -130,7 +161,7 @@ def column_grad_chunk(
     for j in range(0, width, LANES):
         store(sums, j, splat64(0.0))
         store(products, j, splat64(0.0))
-    column_grad_sums(io, K, m0, m1, k0, width, columns, relu, streaming, sums, products)
+    column_grad_sums(io, K, m0, m1, k0, lead, width, columns, relu, streaming, sums, products)
     fold_all(sums, c1 - c0, L)
     fold_all(products, c1 - c0, L)
     count = splat64(np.float64((m1 - m0) * L))
@@ -142,7 +173,7 @@ def column_grad_chunk(
 
 
 @function
-def column_elements(io, K, m0, m1, k0, width, columns, relu, streaming):
+def column_elements(io, K, m0, m1, k0, width, lead, columns, relu, streaming):
     """Training's input gradient of rows m0:m1, columns k0:k0+width; see `normalize_rows`."""
     row_bits = (K + LANES - 1) // LANES
     in_cache = not streaming and (m1 - m0) * width <= MOST_IN_CACHE
@@ -150,10 +181,12 @@ def column_elements(io, K, m0, m1, k0, width, columns, relu, streaming):
     while m < m1:
         i = m * K + k0
         bit = m * row_bits + k0 // LANES
-        j = head_of(io.grad_input, io.bits, i, i + width, streaming)
+        j = max(min(lead, width), head_of(io.grad_input, io.bits, i, i + width, streaming))
         if j > 0:
             gradient_part(io, i, bit, j, affine_at(columns, 0), slopes_at(columns, 0), relu)
         if in_cache and m + 2 <= m1:
+            if j > 0:
+                gradient_part(io, i + K, bit, j, affine_at(columns, 0), slopes_at(columns, 0), relu)
             while j + LANES <= width:
                 affine, slopes = affine_at(columns, j), slopes_at(columns, j)
                 g0, x0 = read_pair(io, i + j, bit, affine, relu)

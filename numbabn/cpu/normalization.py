@@ -120,6 +120,24 @@ def head_of(target, bits, i, end, streaming):
     return 0
 
 
+# Rows that are long enough for what it costs to begin them in the middle of a vector.
+LONG_ROW = 512
+
+
+@inline
+def lead_of(target, bits, K, block, streaming):
+    """How many columns of each row, and of each block of them, lie before a boundary of 64 bytes.
+
+    0 where that differs, or is not worth while: an access across a boundary costs up to two.
+    """
+    if bits is None:  # noqa: SIM102 - see `head_of`
+        if streaming or K >= LONG_ROW:
+            lead = elements_to_boundary(target, 0)
+            alike = lead == elements_to_boundary(target, K)
+            return lead if alike and lead == elements_to_boundary(target, block) else 0
+    return 0
+
+
 # --- planes ---------------------------------------------------------------------------------
 
 
@@ -186,9 +204,15 @@ class Columns(NamedTuple):
 
 
 @inline
-def columns_of(buffer, space):
-    """`buffer` has room for `COLUMN_ROWS` times `space` numbers, a multiple of 16."""
-    buffer = aligned(buffer)
+def aligned_after(buffer, lead):
+    """Where to begin in scratch memory, so that number `lead` is on a boundary of 64 bytes."""
+    return offset(aligned(buffer), (LANES - lead) % LANES)
+
+
+@inline
+def columns_of(buffer, space, lead):
+    """`buffer` has room for `COLUMN_ROWS` times `space` numbers, a multiple of 16, and 32 more."""
+    buffer = aligned_after(buffer, lead)
     return Columns(
         buffer,
         offset(buffer, space),
@@ -230,8 +254,8 @@ MOST_IN_CACHE = 1 << 18
 
 
 @function
-def normalize_rows(io, K, m0, m1, k0, width, columns, floor, streaming):
-    """Rows m0:m1 of columns k0:k0+width.
+def normalize_rows(io, K, m0, m1, k0, width, lead, columns, floor, streaming):
+    """Rows m0:m1 of columns k0:k0+width, `lead` of them before the first boundary.
 
     In cache two at a time, so that what is known of the columns is loaded once for both. Otherwise
     one row after the other: memory likes to be read and written in one sequence.
@@ -243,10 +267,12 @@ def normalize_rows(io, K, m0, m1, k0, width, columns, floor, streaming):
     while m < m1:
         i = m * K + k0
         bit = m * row_bits + k0 // LANES
-        j = head_of(io.out, io.bits, i, i + width, streaming)
+        j = max(min(lead, width), head_of(io.out, io.bits, i, i + width, streaming))
         if j > 0:
             normalize_part(io, i, bit, j, affine_at(columns, 0), floor)
         if in_cache and m + 2 <= m1:
+            if j > 0:
+                normalize_part(io, i + K, bit, j, affine_at(columns, 0), floor)
             while j + LANES <= width:
                 affine = affine_at(columns, j)
                 first = normalized(io, i + j, affine)

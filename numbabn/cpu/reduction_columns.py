@@ -24,6 +24,7 @@ from numbabn.cpu.reductions import (
 )
 from numbabn.cpu.vector import (
     LANES,
+    blend,
     fma,
     is_double,
     keep,
@@ -78,6 +79,8 @@ def rows_ahead(x, width, together):
 def add_row(x, i, j, count, shifts, sums, squares):
     """Add `count` lanes of one row to the running sums of columns j:j+16."""
     d = widen(load_upto(x, i, count, splat_like(x, 0.0))) - load(shifts, j)
+    if count < LANES:
+        d = blend(count, d, splat64(0.0))
     store(sums, j, load(sums, j) + d)
     store(squares, j, fma(d, d, load(squares, j)))
 
@@ -89,26 +92,32 @@ def add_eight_rows(x, i, K, ahead, j, count, shifts, sums, squares, wide):
         prefetch(x, i + ahead + row * K)
     center = as_summed(wide, narrow_like(x, load(shifts, j)))
     total, total_squares = add_eight(x, i, K, count, center, wide)
+    if count < LANES:
+        zero = as_summed(wide, splat_like(x, 0.0))
+        total, total_squares = blend(count, total, zero), blend(count, total_squares, zero)
     store(sums, j, load(sums, j) + widen(total))
     store(squares, j, load(squares, j) + widen(total_squares))
 
 
 @function
-def column_sums(x, K, m0, m1, k0, width, shifts, sums, squares, wide):
+def column_sums(x, K, m0, m1, k0, width, lead, shifts, sums, squares, wide):
     """Per column of k0:k0+width, sums over rows m0:m1 of ``d = x - shift`` and of ``d * d``.
 
-    Eight rows at a time, so that the running sums, which are in L1, are touched seldom. Lanes
-    beyond `width` hold nothing of meaning.
+    Eight rows at a time, so that the running sums, which are in L1, are touched seldom. `lead` of
+    the columns come before the first boundary of 64 bytes.
     """
     for j in range(0, width, LANES):
         store(sums, j, splat64(0.0))
         store(squares, j, splat64(0.0))
-    whole = width - width % LANES
+    lead = min(lead, width)
+    whole = width - (width - lead) % LANES
     ahead = rows_ahead(x, width, 8) * K
     m = m0
     while m + 8 <= m1:
         i = m * K + k0
-        for j in range(0, whole, LANES):
+        if lead > 0:
+            add_eight_rows(x, i, K, ahead, 0, lead, shifts, sums, squares, wide)
+        for j in range(lead, whole, LANES):
             add_eight_rows(x, i + j, K, ahead, j, LANES, shifts, sums, squares, wide)
         if whole < width:
             count = width - whole
@@ -116,7 +125,9 @@ def column_sums(x, K, m0, m1, k0, width, shifts, sums, squares, wide):
         m += 8
     while m < m1:
         i = m * K + k0
-        for j in range(0, whole, LANES):
+        if lead > 0:
+            add_row(x, i, 0, lead, shifts, sums, squares)
+        for j in range(lead, whole, LANES):
             add_row(x, i + j, j, LANES, shifts, sums, squares)
         if whole < width:
             add_row(x, i + whole, whole, width - whole, shifts, sums, squares)
@@ -187,7 +198,7 @@ def replace_inexact(count, sums, squares, exact_sums, exact_squares, channels):
 
 
 @function
-def column_chunk(x, C, L, k, m0, m1, c0, c1, first, work, space, partials, at):
+def column_chunk(x, C, L, k, m0, m1, c0, c1, first, lead, work, space, partials, at):
     """Statistics of rows m0:m1 of channels c0:c1, into chunk k of `partials`, from place `at` on.
 
     The mean of the `first` rows is what they are summed relative to. `work` is scratch: six times
@@ -200,18 +211,18 @@ def column_chunk(x, C, L, k, m0, m1, c0, c1, first, work, space, partials, at):
     count = np.float64((m1 - m0) * L)
     take_centers(x, C, L, c0, c1, first, centers)
     spread(centers, c1 - c0, L, shifts)
-    column_sums(x, K, m0, m1, c0 * L, width, shifts, sums, squares, None)
+    column_sums(x, K, m0, m1, c0 * L, width, lead, shifts, sums, squares, None)
     if is_double(x):
         for c in range(c1 - c0):
             middle = centers[c] + fold(sums, c, L) / count
             centers[c] = middle if np.isfinite(middle) else centers[c]
         spread(centers, c1 - c0, L, shifts)
-        column_sums(x, K, m0, m1, c0 * L, width, shifts, sums, squares, None)
+        column_sums(x, K, m0, m1, c0 * L, width, lead, shifts, sums, squares, None)
     fold_all(sums, c1 - c0, L)
     fold_all(squares, c1 - c0, L)
     if not (is_double(x) or all_exact(count, sums, squares, c1 - c0)):
         exact_sums, exact_squares = offset(work, 4 * space), offset(work, 5 * space)
-        column_sums(x, K, m0, m1, c0 * L, width, shifts, exact_sums, exact_squares, True)
+        column_sums(x, K, m0, m1, c0 * L, width, lead, shifts, exact_sums, exact_squares, True)
         fold_all(exact_sums, c1 - c0, L)
         fold_all(exact_squares, c1 - c0, L)
         replace_inexact(count, sums, squares, exact_sums, exact_squares, c1 - c0)

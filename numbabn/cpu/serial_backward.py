@@ -15,6 +15,7 @@ from numbabn.cpu.chunks import chunk_of, keep_alive, partials_of, room
 from numbabn.cpu.gradient_columns import (
     column_elements,
     column_grad_chunk,
+    grad_lead,
     spread_slopes,
 )
 from numbabn.cpu.gradient_planes import gradient_run, gradient_runs, plane_grad_chunk
@@ -27,7 +28,13 @@ from numbabn.cpu.memory import (
     pointer,
     values_ahead,
 )
-from numbabn.cpu.normalization import COLUMN_ROWS, columns_of, runs_on, spread_affine
+from numbabn.cpu.normalization import (
+    COLUMN_ROWS,
+    aligned_after,
+    columns_of,
+    runs_on,
+    spread_affine,
+)
 from numbabn.cpu.options import inline, kernel
 from numbabn.cpu.reduction_planes import PLANE_WORK, reach_of
 from numbabn.cpu.serial_forward import add_carefully
@@ -76,9 +83,10 @@ def backward_sums_columns(
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, None)
     partials = partials_of(numbers)
     space = room(block * L)
-    work = np.empty(2 * space + LANES)
-    buffer = empty_like_computed(io.x, COLUMN_ROWS * space + LANES)
-    columns = columns_of(pointer(buffer), space)
+    lead = grad_lead(io, C * L, block * L, streaming)
+    work = np.empty(2 * space + 2 * LANES)
+    buffer = empty_like_computed(io.x, COLUMN_ROWS * space + 2 * LANES)
+    columns = columns_of(pointer(buffer), space, lead)
     spread_block = -1
     for item in range(start, stop):
         k = item % partials.chunks
@@ -88,8 +96,8 @@ def backward_sums_columns(
             spread_affine(pointer(table), C, c0, c1 - c0, L, columns)
             spread_block = c0
         column_grad_chunk(
-            io, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, columns, relu, streaming,
-            aligned(pointer(work)), space, partials, c0,
+            io, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, lead, columns, relu,
+            streaming, aligned_after(pointer(work), lead), space, partials, c0,
         )
     return keep_alive(work) + keep_alive(buffer)
 
@@ -162,8 +170,9 @@ def backward_elements_columns(
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, ahead)
     downs = (M + rows - 1) // rows
     space = room(block * L)
-    buffer = empty_like_computed(io.x, COLUMN_ROWS * space + LANES)
-    columns = columns_of(pointer(buffer), space)
+    lead = grad_lead(io, C * L, block * L, streaming)
+    buffer = empty_like_computed(io.x, COLUMN_ROWS * space + 2 * LANES)
+    columns = columns_of(pointer(buffer), space, lead)
     in_runs = runs_on(io.bits, L)
     spread_block = -1
     for item in range(start, stop):
@@ -182,7 +191,7 @@ def backward_elements_columns(
                 spread_affine(pointer(table), C, c0, c1 - c0, L, columns)
                 spread_slopes(pointer(slopes), C, c0, c1, L, columns)
                 spread_block = c0
-            column_elements(io, C * L, m0, m1, k0, width, columns, relu, streaming)
+            column_elements(io, C * L, m0, m1, k0, width, lead, columns, relu, streaming)
     return keep_alive(buffer)
 
 
@@ -228,9 +237,10 @@ def backward_columns(
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, if_needed(block * L))
     reading = Backward(io.grad_output, io.x, io.bits, None, None, None)
     space = room(block * L)
-    work = np.empty(2 * space + LANES)
-    buffer = empty_like_computed(io.x, COLUMN_ROWS * space + LANES)
-    columns = columns_of(pointer(buffer), space)
+    lead = grad_lead(io, C * L, block * L, streaming)
+    work = np.empty(2 * space + 2 * LANES)
+    buffer = empty_like_computed(io.x, COLUMN_ROWS * space + 2 * LANES)
+    columns = columns_of(pointer(buffer), space, lead)
     numbers = np.empty(chunks * BACKWARD_FIELDS * block)
     partials = Partials(pointer(numbers), BACKWARD_FIELDS, block, chunks)
     for item in range(start, stop):
@@ -239,8 +249,8 @@ def backward_columns(
         spread_affine(pointer(table), C, c0, c1 - c0, L, columns)
         for k in range(chunks):
             column_grad_chunk(
-                reading, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, columns, relu, False,
-                aligned(pointer(work)), space, partials, 0,
+                reading, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, lead, columns, relu,
+                False, aligned_after(pointer(work), lead), space, partials, 0,
             )
         for c in range(c0, c1, LANES):
             finish_backward(
@@ -255,5 +265,5 @@ def backward_columns(
             )
         else:
             spread_slopes(pointer(slopes), C, c0, c1, L, columns)
-            column_elements(io, C * L, 0, M, k0, width, columns, relu, streaming)
+            column_elements(io, C * L, 0, M, k0, width, lead, columns, relu, streaming)
     return keep_alive(work) + keep_alive(buffer) + keep_alive(numbers)

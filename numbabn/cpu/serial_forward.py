@@ -24,7 +24,9 @@ from numbabn.cpu.memory import aligned, empty_like_computed, if_needed, pointer,
 from numbabn.cpu.normalization import (
     COLUMN_ROWS,
     Forward,
+    aligned_after,
     columns_of,
+    lead_of,
     normalize_rows,
     normalize_run,
     normalize_runs,
@@ -70,13 +72,15 @@ def stats_columns(x, M, C, L, rows, block, numbers, start, stop):
     """Items start:stop of the grid (block of channels) × (chunk of rows)."""
     partials = partials_of(numbers)
     space = room(block * L)
-    work = np.empty(6 * space + LANES)
+    work = np.empty(6 * space + 2 * LANES)
+    lead = lead_of(pointer(x), None, C * L, block * L, False)
     for item in range(start, stop):
         k = item % partials.chunks
         c0 = (item // partials.chunks) * block
         column_chunk(
             pointer(x), C, L, k, k * rows, min(M, (k + 1) * rows), c0, min(C, c0 + block),
-            centers_from(pointer(x), M), aligned(pointer(work)), space, partials, c0,
+            centers_from(pointer(x), M), lead, aligned_after(pointer(work), lead), space,
+            partials, c0,
         )
     return keep_alive(work)
 
@@ -216,8 +220,9 @@ def normalize_columns(
     channels = channels_of(weight, bias, running_mean, running_var, 0.0, eps, own_table)
     downs = (M + rows - 1) // rows
     space = room(block * L)
-    buffer = empty_like_computed(io.x, COLUMN_ROWS * space + LANES)
-    columns = columns_of(pointer(buffer), space)
+    lead = lead_of(io.out, io.bits, C * L, block * L, streaming)
+    buffer = empty_like_computed(io.x, COLUMN_ROWS * space + 2 * LANES)
+    columns = columns_of(pointer(buffer), space, lead)
     in_runs = runs_on(io.bits, L)
     columns_c0 = -1
     for item in range(start, stop):
@@ -236,7 +241,7 @@ def normalize_columns(
             columns_c0 = c0
         k0, width = c0 * L, (c1 - c0) * L
         if not in_runs:
-            normalize_rows(io, C * L, m0, m1, k0, width, columns, floor, streaming)
+            normalize_rows(io, C * L, m0, m1, k0, width, lead, columns, floor, streaming)
         elif known:
             normalize_runs(
                 io, C * L, m0, m1, k0, width, L, pointer(table), None, C, c0, floor, streaming
@@ -288,9 +293,11 @@ def forward_columns(
     io = forward_io(x, residual, bits, out, if_needed(block * L))
     channels = channels_of(weight, bias, running_mean, running_var, momentum, eps, table)
     space = room(block * L)
-    work = np.empty(6 * space + LANES)
-    buffer = empty_like_computed(io.x, COLUMN_ROWS * space + LANES)
-    columns = columns_of(pointer(buffer), space)
+    x_lead = lead_of(io.x, None, C * L, block * L, False)
+    lead = lead_of(io.out, io.bits, C * L, block * L, streaming)
+    work = np.empty(6 * space + 2 * LANES)
+    buffer = empty_like_computed(io.x, COLUMN_ROWS * space + 2 * LANES)
+    columns = columns_of(pointer(buffer), space, lead)
     numbers = np.empty(chunks * FORWARD_FIELDS * block)
     partials = Partials(pointer(numbers), FORWARD_FIELDS, block, chunks)
     for item in range(start, stop):
@@ -299,7 +306,7 @@ def forward_columns(
         for k in range(chunks):
             column_chunk(
                 io.x, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, centers_from(io.x, M),
-                aligned(pointer(work)), space, partials, 0,
+                x_lead, aligned_after(pointer(work), x_lead), space, partials, 0,
             )
         for c in range(c0, c1, LANES):
             finish_training(io.x, partials, channels, c - c0, c, lanes_at(c, c1))
@@ -310,5 +317,5 @@ def forward_columns(
             )
         else:
             spread_affine(channels.table, C, c0, c1 - c0, L, columns)
-            normalize_rows(io, C * L, 0, M, k0, width, columns, floor, streaming)
+            normalize_rows(io, C * L, 0, M, k0, width, lead, columns, floor, streaming)
     return keep_alive(work) + keep_alive(buffer) + keep_alive(numbers)
