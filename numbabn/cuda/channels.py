@@ -103,14 +103,17 @@ def put_affine(
 
 
 @inline
-def update_running(
-    count, center, total, m2, running_mean, running_var, kinds, momentum, c
-):  # fmt: skip
-    """Update channel c's running statistics."""
+def update_running_mean(count, center, total, running_mean, kinds, momentum, c):
+    """Update channel c's running mean."""
     if running_mean != 0:
         kind = (kinds >> 4) & 3
         old = (1.0 - momentum) * load_any(running_mean, kind, c)
         store_any(running_mean, kind, c, old + momentum * (center + total / count))
+
+
+@inline
+def update_running_var(count, m2, running_var, kinds, momentum, c):
+    """Update channel c's running variance."""
     if running_var != 0:
         kind = (kinds >> 6) & 3
         old = (1.0 - momentum) * load_any(running_var, kind, c)
@@ -210,9 +213,8 @@ def finish_stats(storage, aligned, wide):
             m2 = warp_sum(m2)
             if lane == 0:
                 if table != 0:
-                    update_running(
-                        count, center, total, m2, running_mean, running_var, kinds, momentum, c
-                    )
+                    update_running_mean(count, center, total, running_mean, kinds, momentum, c)
+                    update_running_var(count, m2, running_var, kinds, momentum, c)
                     finish_training(
                         x, count, center, total, m2, weight, bias, kinds, eps, table, C, c
                     )
