@@ -25,7 +25,7 @@ from numba import cuda
 from numbabn.cuda.indices import index
 from numbabn.cuda.memory import element, is_double, pointer
 from numbabn.cuda.options import Address, Double, Flag, Size, inline
-from numbabn.cuda.scalars import load_any, load_float64, store_any, store_float64
+from numbabn.cuda.scalars import load_any, load_float64, load_sum, store_any, store_float64
 from numbabn.cuda.shared import put
 from numbabn.cuda.sums import warp_sum
 from numbabn.cuda.vector import round_like, widen
@@ -278,8 +278,8 @@ def finish_sums(storage, aligned, wide):
             k = lane
             while k < chunks:
                 at = element(x, first + k, 2, 0)
-                sum_dy = sum_dy + load_float64(partials, at + SUM_DY)
-                sum_dy_xhat = sum_dy_xhat + load_float64(partials, at + SUM_DY_XHAT)
+                sum_dy = sum_dy + load_sum(x, partials, at + SUM_DY)
+                sum_dy_xhat = sum_dy_xhat + load_sum(x, partials, at + SUM_DY_XHAT)
                 k = k + 32
             sum_dy, sum_dy_xhat = warp_sum(sum_dy), warp_sum(sum_dy_xhat)
             if lane == 0:
