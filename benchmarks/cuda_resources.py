@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,33 +175,54 @@ class Row(NamedTuple):
 Variant = tuple[str, bool, bool]  # dtype, whether aligned, whether indices have 64 bits
 
 
-def row(number: int, cc: tuple[int, int], variants: tuple[Variant, ...]) -> Row:
-    """The worst of a kernel's variants on an architecture."""
+def generation(cc: tuple[int, int]) -> tuple[int, int]:
+    """The first architecture for which Numba writes the same PTX, but for the target's name."""
+    return (7, 5) if cc < (10, 0) else (10, 0)
+
+
+def retarget(ptx: str, cc: tuple[int, int]) -> str:
+    """PTX of one architecture for another one of its generation."""
+    return re.sub(r"(?m)^\.target sm_\d+", f".target sm_{cc[0]}{cc[1]}", ptx)
+
+
+def kernel_rows(
+    number: int, archs: tuple[tuple[int, int], ...], variants: tuple[Variant, ...]
+) -> list[Row]:
+    """The worst of a kernel's variants, on each architecture of a generation."""
     from numbabn.cuda import launch
 
     entry = entries()[number]
-    used, flights = [], []
+    used: dict[tuple[int, int], list[Usage]] = {cc: [] for cc in archs}
+    flights: dict[tuple[int, int], list[int]] = {cc: [] for cc in archs}
     for dtype, aligned, wide in variants:
         kernel = launch.kernel(entry.make, DTYPES.index(dtype), aligned, wide, entry.bounds)
-        one = usage(kernel.ptx(cc), cc, tuple(kernel.py_func.__annotations__))
-        used.append(one)
-        if aligned:
-            flights.append(resident_threads(one, entry.block, cc) * one.in_flight)
-    threads = min(resident_threads(one, entry.block, cc) for one in used)
-    return Row(
-        entry.make.__name__, cc, max(u.registers for u in used), max(u.shared for u in used),
-        max(u.spilled for u in used), threads / LIMITS[cc].threads, min(flights),
-    )  # fmt: skip
+        ptx = kernel.ptx(generation(archs[0]))
+        for cc in archs:
+            one = usage(retarget(ptx, cc), cc, tuple(kernel.py_func.__annotations__))
+            used[cc].append(one)
+            if aligned:
+                flights[cc].append(resident_threads(one, entry.block, cc) * one.in_flight)
+    return [
+        Row(
+            entry.make.__name__, cc, max(u.registers for u in all_), max(u.shared for u in all_),
+            max(u.spilled for u in all_),
+            min(resident_threads(u, entry.block, cc) for u in all_) / LIMITS[cc].threads,
+            min(flights[cc]),
+        )
+        for cc, all_ in used.items()
+    ]  # fmt: skip
 
 
 def rows(
     archs: Iterable[tuple[int, int]], variants: tuple[Variant, ...], named: str, jobs: int
 ) -> Iterable[Row]:
-    """`row` for every kernel and architecture."""
+    """`kernel_rows` for every kernel and architecture."""
     wanted = [n for n, entry in enumerate(entries()) if named in entry.make.__name__]
-    numbers, places = zip(*product(wanted, archs), strict=True)
+    groups = [tuple(group) for _, group in groupby(sorted(archs), generation)]
+    numbers, places = zip(*product(wanted, groups), strict=True)
     with ProcessPoolExecutor(jobs) as pool:
-        yield from pool.map(row, numbers, places, [variants] * len(numbers))
+        for found in pool.map(kernel_rows, numbers, places, [variants] * len(numbers)):
+            yield from found
 
 
 def print_resources(table: Iterable[Row]) -> None:

@@ -62,16 +62,30 @@ FULLEST = (
 )
 
 
+def ptx_of(variant, cc):
+    name, storage, aligned, wide = variant
+    (entry,) = [e for e in cuda_resources.entries() if e.make.__name__ == name]
+    return launch.kernel(entry.make, storage, aligned, wide, entry.bounds).ptx(cc)
+
+
 @pytest.mark.skipif(
     cuda_resources.find("ptxas") is None or cuda_resources.find("nvdisasm") is None,
     reason="ptxas or nvdisasm is not installed",
 )
 @pytest.mark.parametrize("variant", FULLEST, ids=str)
 def test_the_fullest_kernels_spill_nothing(variant):
-    name, storage, aligned, wide = variant
-    (entry,) = [e for e in cuda_resources.entries() if e.make.__name__ == name]
-    ptx = launch.kernel(entry.make, storage, aligned, wide, entry.bounds).ptx((10, 0))
-    for cc in ((10, 0), (12, 0)):  # whose code differs only in the name of the target
-        said, _ = cuda_resources.assemble(ptx.replace("sm_100", f"sm_{cc[0]}{cc[1]}"), cc)
+    ptx = ptx_of(variant, (10, 0))
+    for cc in ((10, 0), (12, 0)):
+        said, _ = cuda_resources.assemble(cuda_resources.retarget(ptx, cc), cc)
         assert re.findall(r"(\d+) bytes (?:stack|spill)", said) == ["0"] * 3
         assert "__local_depot" not in ptx
+
+
+@pytest.mark.parametrize("cc", [(9, 0), (12, 0)])
+def test_the_ptx_of_a_generation_differs_in_its_target_only(cc):
+    # The report compiles kernels once for each generation.
+    variant = ("finish_sums", FLOAT32, True, False)
+    first = cuda_resources.retarget(ptx_of(variant, cuda_resources.generation(cc)), cc)
+    assert f".target sm_{cc[0]}{cc[1]}" in first
+    names = re.compile(r"_Z\w+")  # have a running number
+    assert names.sub("k", first) == names.sub("k", ptx_of(variant, cc))
