@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numbabn.layout import View
+from numbabn import layout
 
 BATCH = 32  # of whole layers
 # (C, H·W) of ResNet-50's layers, with a batch that the interpreter can run.
@@ -39,12 +39,13 @@ class Traffic(NamedTuple):
     wide: float  # share of the bytes that accesses of 16 bytes ask for, in kernels over elements
 
 
-def view_of(N: int, C: int, L: int, where: str) -> View:
+def view_of(N: int, C: int, L: int, where: str) -> layout.View:
     """An image batch in NCHW or NHWC."""
-    return View(False, N, C, L, None) if where == "NCHW" else View(True, N * L, C, 1, None)
+    shape = (False, N, C, L) if where == "NCHW" else (True, N * L, C, 1)
+    return layout.View(*shape, None)
 
 
-def counted(view: View, dtype: str, training: bool) -> list[Traffic]:
+def counted(view: layout.View, dtype: str, training: bool) -> list[Traffic]:
     """The forward and the backward pass of one mode, run by the interpreter."""
     from numbabn import cuda
 
@@ -84,7 +85,7 @@ def _traffic(launches: list[Any], least: int, itemsize: int) -> Traffic:
     return Traffic(len(launches), touched / least, asked / sectors, wide / asked)
 
 
-def expected(view: View, itemsize: int) -> dict[str, tuple[float, bool]]:
+def expected(view: layout.View, itemsize: int) -> dict[str, tuple[float, bool]]:
     """`Traffic.dram` of each pass, as the plan has it, and whether the pass is fused.
 
     What each launch reads and writes is added up: arrays, numbers per channel, float64 like the
