@@ -6,7 +6,7 @@
 Every kernel is compiled for each architecture; ``ptxas`` says what registers, shared memory and
 spills it takes, from which follow the threads that a multiprocessor can hold. How many bytes are on
 their way at once is read from the machine code (see `cuda_loads`). Traffic is counted by the
-interpreter of PTX in the tests, on batches cut down to what it can run in seconds.
+interpreter of PTX in the tests (see `cuda_traffic`).
 
 ``ptxas`` and ``nvdisasm`` come with ``pip install nvidia-cuda-nvcc nvidia-cuda-nvdisasm``.
 """
@@ -21,19 +21,15 @@ import pkgutil
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from benchmarks import cuda_loads
-from numbabn import layout
+from benchmarks import cuda_loads, cuda_traffic
 
 ARCHITECTURES = ((7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0))
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -179,33 +175,54 @@ class Row(NamedTuple):
 Variant = tuple[str, bool, bool]  # dtype, whether aligned, whether indices have 64 bits
 
 
-def row(number: int, cc: tuple[int, int], variants: tuple[Variant, ...]) -> Row:
-    """The worst of a kernel's variants on an architecture."""
+def generation(cc: tuple[int, int]) -> tuple[int, int]:
+    """The first architecture for which Numba writes the same PTX, but for the target's name."""
+    return (7, 5) if cc < (10, 0) else (10, 0)
+
+
+def retarget(ptx: str, cc: tuple[int, int]) -> str:
+    """PTX of one architecture for another one of its generation."""
+    return re.sub(r"(?m)^\.target sm_\d+", f".target sm_{cc[0]}{cc[1]}", ptx)
+
+
+def kernel_rows(
+    number: int, archs: tuple[tuple[int, int], ...], variants: tuple[Variant, ...]
+) -> list[Row]:
+    """The worst of a kernel's variants, on each architecture of a generation."""
     from numbabn.cuda import launch
 
     entry = entries()[number]
-    used, flights = [], []
+    used: dict[tuple[int, int], list[Usage]] = {cc: [] for cc in archs}
+    flights: dict[tuple[int, int], list[int]] = {cc: [] for cc in archs}
     for dtype, aligned, wide in variants:
         kernel = launch.kernel(entry.make, DTYPES.index(dtype), aligned, wide, entry.bounds)
-        one = usage(kernel.ptx(cc), cc, tuple(kernel.py_func.__annotations__))
-        used.append(one)
-        if aligned:
-            flights.append(resident_threads(one, entry.block, cc) * one.in_flight)
-    threads = min(resident_threads(one, entry.block, cc) for one in used)
-    return Row(
-        entry.make.__name__, cc, max(u.registers for u in used), max(u.shared for u in used),
-        max(u.spilled for u in used), threads / LIMITS[cc].threads, min(flights),
-    )  # fmt: skip
+        ptx = kernel.ptx(generation(archs[0]))
+        for cc in archs:
+            one = usage(retarget(ptx, cc), cc, tuple(kernel.py_func.__annotations__))
+            used[cc].append(one)
+            if aligned:
+                flights[cc].append(resident_threads(one, entry.block, cc) * one.in_flight)
+    return [
+        Row(
+            entry.make.__name__, cc, max(u.registers for u in all_), max(u.shared for u in all_),
+            max(u.spilled for u in all_),
+            min(resident_threads(u, entry.block, cc) for u in all_) / LIMITS[cc].threads,
+            min(flights[cc]),
+        )
+        for cc, all_ in used.items()
+    ]  # fmt: skip
 
 
 def rows(
     archs: Iterable[tuple[int, int]], variants: tuple[Variant, ...], named: str, jobs: int
 ) -> Iterable[Row]:
-    """`row` for every kernel and architecture."""
+    """`kernel_rows` for every kernel and architecture."""
     wanted = [n for n, entry in enumerate(entries()) if named in entry.make.__name__]
-    numbers, places = zip(*product(wanted, archs), strict=True)
+    groups = [tuple(group) for _, group in groupby(sorted(archs), generation)]
+    numbers, places = zip(*product(wanted, groups), strict=True)
     with ProcessPoolExecutor(jobs) as pool:
-        yield from pool.map(row, numbers, places, [variants] * len(numbers))
+        for found in pool.map(kernel_rows, numbers, places, [variants] * len(numbers)):
+            yield from found
 
 
 def print_resources(table: Iterable[Row]) -> None:
@@ -218,121 +235,6 @@ def print_resources(table: Iterable[Row]) -> None:
             f"| {row.spilled} B | {row.occupancy:.0%} | {flight} |",
             flush=True,
         )
-
-
-# --- traffic --------------------------------------------------------------------------------
-
-
-class Traffic(NamedTuple):
-    """One pass over one array."""
-
-    launches: int
-    dram: float  # sectors that each launch touches, as a multiple of the least possible
-    efficiency: float  # bytes asked for, by those of the sectors that requests touch
-    wide: float  # share of the bytes that accesses of 16 bytes ask for, in kernels over elements
-
-
-def _case(shape: tuple[int, ...], columns: bool, dtype: str, training: bool) -> list[Traffic]:
-    from importlib import import_module
-
-    from numbabn import cuda
-
-    Device = import_module("cuda_device").Device
-
-    N, C, L = shape
-    view = layout.View(columns, N, C, L, None)
-    bits = {"float32": np.float32, "float64": np.float64, "float16": np.float16}[dtype]
-    rng = np.random.default_rng(0)
-    device = Device()
-    x, dy = (device.put(rng.standard_normal(N * C * L), bits) for _ in range(2))
-    out, dx = (device.put(np.zeros(N * C * L), bits, writable=True) for _ in range(2))
-    ones = [device.put(np.ones(C), np.float64, writable=True) for _ in range(4)]
-    weight, bias, mean, var = ones
-    with device.running():
-        if training:
-            table = cuda.forward_train(
-                x, None, None, out, view, weight, bias, mean, var, 0.1, 1e-5, False, device.queue
-            )
-        else:
-            table = cuda.forward_eval(
-                x, None, None, out, view, weight, bias, mean, var, 1e-5, False, device.queue
-            )
-        first = len(device.launches)
-        backward = cuda.backward_train if training else cuda.backward_eval
-        backward(
-            dy, x, None, dx, None, view, table, False, np.dtype(np.float64), device.queue
-        )  # fmt: skip
-    results = []
-    for launches, arrays in ((device.launches[:first], 2), (device.launches[first:], 3)):
-        reports = [report for *_, report in launches]
-        over_elements = [r for kernel, _, _, r in launches if "finish" not in kernel.name]
-        # What is per channel is float64 here, and so has a width of its own.
-        widths = [(kind, width) for kind in ("load", "store") for width in (16, x.itemsize)]
-        least = arrays * N * C * L * x.itemsize
-        touched = sum(report.dram_bytes for report in reports)
-        asked = sum(r.bytes[key] for r in over_elements for key in widths)
-        sectors = 32 * sum(r.sectors[key] for r in over_elements for key in widths)
-        wide = sum(r.bytes[kind, 16] for r in over_elements for kind in ("load", "store"))
-        results.append(Traffic(len(reports), touched / least, asked / sectors, wide / asked))
-    return results
-
-
-BATCH = 32  # of whole layers
-# (C, H·W) of ResNet-50's layers, with a batch that the interpreter can run.
-SHAPES = (
-    (64, 112 * 112, 2),
-    (256, 56 * 56, 4),
-    (512, 28 * 28, 16),
-    (256, 14 * 14, 32),
-    (512, 49, 32),
-)
-
-
-def print_traffic(dtypes: Iterable[str]) -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    print("| N × C × H·W | layout | dtype | pass | launches | DRAM ÷ least | sectors | 128-bit |")
-    print("|---|---|---|---|---|---|---|---|")
-    for C, L, N in SHAPES:
-        # Fewer channels: the interpreter runs a few million elements in a minute.
-        C = max(32, min(C, (1 << 19) // (N * L) // 32 * 32))
-        for where in ("NCHW", "NHWC"):
-            shape = (N, C, L) if where == "NCHW" else (N * L, C, 1)
-            for dtype in dtypes:
-                for training in (False, True):
-                    mode = "training" if training else "eval"
-                    both = _case(shape, where == "NHWC", dtype, training)
-                    for name, one in zip(("forward", "backward"), both, strict=True):
-                        print(
-                            f"| {N} × {C} × {L} | {where} | {dtype} | {mode} {name} "
-                            f"| {one.launches} | {one.dram:.3f} | {one.efficiency:.3f} "
-                            f"| {one.wide:.1%} |",
-                            flush=True,
-                        )
-
-
-def print_chunks() -> None:
-    """What the sums of chunks add to those numbers in whole layers, which follows from the plans.
-
-    They are written and read again: two float64 numbers for a chunk of a channel in the backward
-    passes, and four in training's forward pass.
-    """
-    from numbabn.cuda.plans import plan
-
-    print("| N × C × H·W | layout | dtype | eval backward | training forward | training backward |")
-    print("|---|---|---|---|---|---|")
-    for C, L, _ in SHAPES:
-        for where in ("NCHW", "NHWC"):
-            shape = (BATCH, C, L) if where == "NCHW" else (BATCH * L, C, 1)
-            view = layout.View(where == "NHWC", *shape, None)
-            for dtype, itemsize in (("float32", 4), ("float16", 2)):
-                how, data = plan(view, itemsize), BATCH * C * L * itemsize
-                sums = 16 * C * how.chunks / data
-                forward = "" if how.fused(backward=False) else f"{1.5 + 2 * sums:.3f}"
-                backward = "" if how.fused(backward=True) else f"{5 / 3 + 2 * sums / 3:.3f}"
-                print(
-                    f"| {BATCH} × {C} × {L} | {where} | {dtype} | {1 + 2 * sums / 3:.3f} "
-                    f"| {forward or '1.000 (fused)'} | {backward or '1.000 (fused)'} |"
-                )
 
 
 def main() -> None:
@@ -355,9 +257,9 @@ def main() -> None:
         print_resources(rows(archs, variants, given.kernels, given.jobs))
     if not given.no_traffic:
         print()
-        print_traffic([d for d in given.dtypes if d in ("float32", "float16")])
+        cuda_traffic.print_counted([d for d in given.dtypes if d in ("float32", "float16")])
         print()
-        print_chunks()
+        cuda_traffic.print_whole_layers()
 
 
 if __name__ == "__main__":

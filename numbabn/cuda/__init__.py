@@ -190,7 +190,8 @@ def _backward_partials(
     table: DeviceArray, relu: bool, queue: Queue,
 ) -> tuple[DeviceArray, int]:  # fmt: skip
     how, family = _family(view, x.itemsize)
-    partials = queue.empty(view.C * how.chunks * 2)
+    dtype = np.float32 if x.itemsize == 2 else np.float64
+    partials = queue.empty(view.C * how.chunks * 2, dtype)
     arrays = (grad_output, x, bits, grad_input, grad_residual)
     variant = _variant(
         getattr(gradient_sums, f"backward_sums_{family}"), x, grad_output, grad_input, grad_residual

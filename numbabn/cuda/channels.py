@@ -25,7 +25,7 @@ from numba import cuda
 from numbabn.cuda.indices import index
 from numbabn.cuda.memory import element, is_double, pointer
 from numbabn.cuda.options import Address, Double, Flag, Size, inline
-from numbabn.cuda.scalars import load_any, load_float64, store_any, store_float64
+from numbabn.cuda.scalars import load_any, load_float64, load_sum, store_any, store_float64
 from numbabn.cuda.shared import put
 from numbabn.cuda.sums import warp_sum
 from numbabn.cuda.vector import round_like, widen
@@ -103,14 +103,17 @@ def put_affine(
 
 
 @inline
-def update_running(
-    count, center, total, m2, running_mean, running_var, kinds, momentum, c
-):  # fmt: skip
-    """Update channel c's running statistics."""
+def update_running_mean(count, center, total, running_mean, kinds, momentum, c):
+    """Update channel c's running mean."""
     if running_mean != 0:
         kind = (kinds >> 4) & 3
         old = (1.0 - momentum) * load_any(running_mean, kind, c)
         store_any(running_mean, kind, c, old + momentum * (center + total / count))
+
+
+@inline
+def update_running_var(count, m2, running_var, kinds, momentum, c):
+    """Update channel c's running variance."""
     if running_var != 0:
         kind = (kinds >> 6) & 3
         old = (1.0 - momentum) * load_any(running_var, kind, c)
@@ -210,9 +213,8 @@ def finish_stats(storage, aligned, wide):
             m2 = warp_sum(m2)
             if lane == 0:
                 if table != 0:
-                    update_running(
-                        count, center, total, m2, running_mean, running_var, kinds, momentum, c
-                    )
+                    update_running_mean(count, center, total, running_mean, kinds, momentum, c)
+                    update_running_var(count, m2, running_var, kinds, momentum, c)
                     finish_training(
                         x, count, center, total, m2, weight, bias, kinds, eps, table, C, c
                     )
@@ -276,8 +278,8 @@ def finish_sums(storage, aligned, wide):
             k = lane
             while k < chunks:
                 at = element(x, first + k, 2, 0)
-                sum_dy = sum_dy + load_float64(partials, at + SUM_DY)
-                sum_dy_xhat = sum_dy_xhat + load_float64(partials, at + SUM_DY_XHAT)
+                sum_dy = sum_dy + load_sum(x, partials, at + SUM_DY)
+                sum_dy_xhat = sum_dy_xhat + load_sum(x, partials, at + SUM_DY_XHAT)
                 k = k + 32
             sum_dy, sum_dy_xhat = warp_sum(sum_dy), warp_sum(sum_dy_xhat)
             if lane == 0:

@@ -18,7 +18,8 @@ from numbabn.cuda.channels import (
     finish_backward,
     finish_training,
     slopes_of,
-    update_running,
+    update_running_mean,
+    update_running_var,
 )
 from numbabn.cuda.geometry import next_slot, paired, thread, threads
 from numbabn.cuda.gradients import (
@@ -64,10 +65,11 @@ def finish_found(
     What was found is read again when it is needed: registers are full of x.
     """
     j = opaque(at)
-    update_running(
-        get(found, j), get(found, j + 1), get(found, j + 2), get(found, j + 3), running_mean,
-        running_var, kinds, momentum, c,
-    )  # fmt: skip
+    update_running_mean(
+        get(found, j), get(found, j + 1), get(found, j + 2), running_mean, kinds, momentum, c
+    )
+    j = opaque(at)
+    update_running_var(get(found, j), get(found, j + 3), running_var, kinds, momentum, c)
     j = opaque(at)
     mean, scale, shift = finish_training(
         x, get(found, j), get(found, j + 1), get(found, j + 2), get(found, j + 3), weight, bias,

@@ -96,11 +96,26 @@ def channel_part(x, n, c, v, wanted, C, L, slots, V):
 def tile_columns(K, V):
     """Where the block's tile begins, the thread's first column of it, and how many there are.
 
-    The last tile may have fewer than the others, and threads with nothing to do.
+    The last tile may have fewer than the others, and threads with nothing to do. Tiles with an odd
+    number of slots are rows to `paired`, and the block's rows of threads are samples.
     """
-    width = index(cuda.blockDim.x) * V
-    base = index(cuda.blockIdx.x) * width
-    return base, index(cuda.threadIdx.x) * V, smaller(width, K - base)
+    slots = index(cuda.blockDim.x)
+    base = index(cuda.blockIdx.x) * slots * V
+    v = paired(
+        index(cuda.threadIdx.y), index(cuda.blockIdx.x), index(cuda.threadIdx.x), slots
+    )  # fmt: skip
+    return base, v * V, smaller(slots * V, K - base)
+
+
+@inline
+def holder(v):
+    """Which of the block's first threads has slot v of the tile: `tile_columns` turned round."""
+    slots = index(cuda.blockDim.x)
+    if index(cuda.blockIdx.x) & slots & 1 != 0:
+        if v == 0:
+            v = slots
+        v = v - 1
+    return v
 
 
 @inline

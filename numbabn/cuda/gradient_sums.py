@@ -2,7 +2,8 @@
 
 For eval they come with dx, in the same pass. Pairs of slots are summed in the type that is computed
 with; what a thread found is merged in float64. A block leaves two numbers for each of its channels,
-`SUM_DY` and `SUM_DY_XHAT` of its chunk, which `channels.finish_sums` merges.
+`SUM_DY` and `SUM_DY_XHAT` of its chunk, which `channels.finish_sums` merges. Of 16-bit arrays these
+are float32, which takes half of the memory: rounding them is half an ulp of the sum of all terms.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from numbabn.cuda.memory import (
     store,
 )
 from numbabn.cuda.options import PAIR, THREADS, WIDEST_TILE, Address, Flag, Size, inline
-from numbabn.cuda.scalars import load_byte, load_float64, scalar, store_float64, store_scalar
+from numbabn.cuda.scalars import load_byte, load_float64, scalar, store_scalar, store_sum
 from numbabn.cuda.shared import get, get_vector, put, put_vector, shared_float64, shared_like
 from numbabn.cuda.sums import SUM_SPACE, add_up, block_sums, tile_sums
 from numbabn.cuda.vector import LANES, close_sum, fma, keep, part_bits, splat, sum_lanes, widen
@@ -106,8 +107,8 @@ def backward_sums_planes(storage, aligned, wide):
         sum_dy, sum_dy_xhat = block_sums(widen(total), widen(products), scratch)
         if thread() == 0:
             at = c * index(cuda.gridDim.y) + k
-            store_float64(partials, at * 2 + SUM_DY, sum_dy)
-            store_float64(partials, at * 2 + SUM_DY_XHAT, sum_dy_xhat)
+            store_sum(source, partials, at * 2 + SUM_DY, sum_dy)
+            store_sum(source, partials, at * 2 + SUM_DY_XHAT, sum_dy_xhat)
 
     return backward_sums_planes
 
@@ -236,7 +237,7 @@ def backward_sums_columns(storage, aligned, wide):
             while q * L < columns and base + q * L < K:
                 chunk = chunk_of(base // L + q, C, copies, part, parts) * 2
                 chunk = chunk + (SUM_DY_XHAT if turn == 0 else SUM_DY)
-                store_float64(partials, chunk, get(work, q * L))
+                store_sum(source, partials, chunk, get(work, q * L))
                 q = q + threads()
             cuda.syncthreads()
             turn = opaque(turn + 1)

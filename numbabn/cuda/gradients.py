@@ -28,6 +28,7 @@ from numbabn.cuda.geometry import (
     plane_part,
     thread,
     threads,
+    tile_columns,
 )
 from numbabn.cuda.indices import index, like, smaller
 from numbabn.cuda.memory import decode, load_part, opaque, pointer, store_part
@@ -190,9 +191,8 @@ def backward_elements_columns(storage, aligned, wide):
         gradient = pointer(storage, aligned, wide, grad_output)
         target = pointer(storage, aligned, wide, grad_input)
         passed = pointer(storage, aligned, wide, grad_residual)
-        columns, tall = index(cuda.blockDim.x) * V, index(cuda.blockDim.y)
-        column = index(cuda.threadIdx.x) * V  # of the tile
-        base = index(cuda.blockIdx.x) * columns
+        tall = index(cuda.blockDim.y)
+        base, column, columns = tile_columns(K, V)
         k = base + column
         means, scales = shared_like(source, SPACE), shared_like(source, SPACE)
         shifts, middles = shared_like(source, SPACE), shared_like(source, SPACE)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from numba import cuda
 
 from numbabn.cuda.channels import put_affine
-from numbabn.cuda.geometry import column_part, plane_part, thread, threads
+from numbabn.cuda.geometry import column_part, plane_part, thread, threads, tile_columns
 from numbabn.cuda.indices import index, like, smaller
 from numbabn.cuda.memory import decode, load_part, pointer, store_part
 from numbabn.cuda.options import (
@@ -127,10 +127,9 @@ def normalize_columns(storage, aligned, wide):
         source = pointer(storage, aligned, wide, x)
         target = pointer(storage, aligned, wide, out)
         other = pointer(storage, aligned, wide, residual)
-        columns = index(cuda.blockDim.x) * V
         tall = index(cuda.blockDim.y)
-        column = index(cuda.threadIdx.x) * V  # of the tile
-        k = index(cuda.blockIdx.x) * columns + column
+        base, column, columns = tile_columns(K, V)
+        k = base + column
         m = index(cuda.blockIdx.y) * index(rows) + index(cuda.threadIdx.y)
         end = index(cuda.blockIdx.y) * index(rows) + index(rows)
         end = smaller(end, height + (like(K, 1) if left > 0 else like(K, 0)))
@@ -145,9 +144,9 @@ def normalize_columns(storage, aligned, wide):
         means = shared_like(source, SPACE)
         scales = shared_like(source, SPACE)
         shifts = shared_like(source, SPACE)
-        first = index(cuda.blockIdx.x) * columns // L
+        first = base // L
         q = thread()
-        while q < columns // L and (first + q) * L < K:
+        while q < columns // L:
             c = first + q
             put_affine(
                 source, weight, bias, running_mean, running_var, kinds, eps, table, C, c % C,

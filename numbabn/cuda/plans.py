@@ -26,7 +26,7 @@ from numbabn.layout import View
 
 MULTIPROCESSORS = 132
 BLOCKS = MULTIPROCESSORS * 8  # enough for each to have as many as it can hold
-LEAST_BYTES = 640  # of a column of a chunk: what its sums take is 32 bytes to three times that
+LEAST_BYTES = 704  # of a column of a chunk: what its sums take is 32 bytes to three times that
 MOST_TURNS = 16  # tiles that a thread sums in float32
 MOST_PARTS = 65535  # a grid's largest y
 SHORT_PLANE = 128  # shorter ones are columns

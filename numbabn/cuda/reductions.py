@@ -18,6 +18,7 @@ from numbabn.cuda.channels import CENTER, COUNT, M2, SUM
 from numbabn.cuda.geometry import (
     channel_part,
     chunk_of,
+    holder,
     next_slot,
     paired,
     thread,
@@ -278,7 +279,7 @@ def put_centers(x, firsts, channels, L, V, centers):
     q = thread()
     while q < channels:
         k = q * L
-        value = widen(pick(decode(x, get_slot(firsts, k // V)), k % V))
+        value = widen(pick(decode(x, get_slot(firsts, holder(k // V))), k % V))
         put(centers, q, value if math.isfinite(value) else 0.0)
         q = opaque(q + threads())
     cuda.syncthreads()

@@ -56,6 +56,36 @@ def store_float64(typingctx: Any, address: Any, i: Any, value: Any) -> Any:
     return types.void(types.uint64, i, types.float64), codegen
 
 
+def _part_of(pointer: Any) -> tuple[Any, int]:
+    """The type, and its size, of sums of what `pointer` points to, where chunks leave them."""
+    return (FLOAT, 4) if ITEMSIZE[pointer.storage] == 2 else (DOUBLE, 8)
+
+
+@intrinsic
+def load_sum(typingctx: Any, pointer: Any, address: Any, i: Any) -> Any:
+    """Number `i` of the sums at `address`, as float64: they are float32 of 16-bit numbers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind, size = _part_of(pointer)
+        value = read(builder, place(builder, args[1], args[2], size, kind), size)
+        return value if kind == DOUBLE else builder.fpext(value, DOUBLE)
+
+    return types.float64(pointer, types.uint64, i), codegen
+
+
+@intrinsic
+def store_sum(typingctx: Any, pointer: Any, address: Any, i: Any, value: Any) -> Any:
+    """The float64 `value` to where `load_sum` would find it."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind, size = _part_of(pointer)
+        value = args[3] if kind == DOUBLE else builder.fptrunc(args[3], FLOAT)
+        write(builder, value, place(builder, args[1], args[2], size, kind), size)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.uint64, i, types.float64), codegen
+
+
 def _for_each_kind(builder: Any, kind: Any, emit: Any) -> None:
     """``emit(storage)`` for the storage whose number is `kind`."""
     after = builder.append_basic_block("after")
