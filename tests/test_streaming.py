@@ -14,7 +14,7 @@ from numbabn.cpu import schedule, serial
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 # Planes that are columns to sums (4×4, 5×5), planes that are summed in pairs of rows and a last row
 # (7×7), planes with an end that is no vector, with none, and of a few channels; channels last, in
-# whole vectors and not; long rows.
+# whole vectors and not; long rows, of one block of columns and a short one.
 SHAPES = {
     "4x4": ((64, 40, 4, 4), 1),
     "5x5": ((40, 48, 5, 5), 1),
@@ -24,6 +24,7 @@ SHAPES = {
     "chunks": ((2, 3, 7001), 1),
     "channels last": ((30, 40, 48), -1),
     "odd channels last": ((30, 40, 37), -1),
+    "long rows": ((9, 5, 1056), -1),
 }
 
 
@@ -64,13 +65,35 @@ def test_outputs_that_begin_anywhere(monkeypatch, case, dtype, options):
     shape, axis = SHAPES[case]
     dtype = as_dtype(dtype)
     assert np.prod(shape) >= schedule.PARALLEL_FROM["omp"]  # smaller ones have their own kernels
+    first = []
     for past in sorted({0, 1, 5, 16 // dtype.itemsize, 40 // dtype.itemsize}):
         ordinary, streamed = [], []
         for limit, found in ((1 << 60, ordinary), (0, streamed)):
             monkeypatch.setattr(schedule, "_too_large_for_cache", lambda limit=limit: limit)
             found += results(shape, axis, dtype, past, dict(options))
-        for a, b in zip(ordinary, streamed, strict=True):
+        first = first or ordinary
+        for a, b, c in zip(first, ordinary, streamed, strict=True):
             assert same_bits(a, b)
+            assert same_bits(a, c)
+
+
+@pytest.mark.parametrize("past", [1, 4, 15])
+def test_infinity_and_nan_stay_in_their_columns(past):
+    # Columns up to the first boundary are loaded along with some that do not belong to them.
+    shape, axis = SHAPES["long rows"]
+    x = place(shape, np.dtype(np.float32), past)
+    x[...] = np.random.default_rng(3).standard_normal(shape)
+    before = numbabn.batch_norm(x, None, None, training=True, channel_axis=axis)
+    x[..., 14], x[..., 15], x[1, 2, 16] = np.inf, np.nan, -np.inf
+    y, saved = numbabn.batch_norm_forward(x, None, None, training=True, channel_axis=axis)
+    dx, dweight, dbias = numbabn.batch_norm_backward(x, saved)
+    spoilt = np.zeros(shape[axis], bool)
+    spoilt[14:17] = True
+    assert same_bits(y[..., ~spoilt], before[..., ~spoilt])
+    for found in (y, dx, dweight, dbias):
+        assert np.isfinite(found[..., ~spoilt]).all()
+    for found in (y, dx, dweight):
+        assert not np.isfinite(found[..., spoilt]).all()
 
 
 @pytest.mark.parametrize("past", [0, 1, 11])

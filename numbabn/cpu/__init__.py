@@ -111,7 +111,7 @@ def forward_train(
     table = np.empty((TABLE_ROWS, view.C))
     channels = (weight, bias, running_mean, running_var, momentum, eps, table)
     plan = schedule.training_plan(x, view)
-    if narrow.rows_as_one(view) > 1 or not plan.forward_by_channel:
+    if not plan.forward_by_channel:
         serial.finish_stats(x, batch_stats(x, view), *channels)
         normalize(x, residual, bits, out, view, table, relu)
         return table
@@ -185,7 +185,7 @@ def backward_train(
     arrays = (grad_output, x, bits, grad_input, grad_residual)
     sums, slopes = np.empty((2, view.C), dtype), np.empty((SLOPE_ROWS, view.C))
     plan = schedule.training_plan(x, view)
-    if narrow.rows_as_one(view) > 1 or not plan.backward_by_channel:
+    if not plan.backward_by_channel:
         partials = _backward_partials(grad_output, x, bits, None, None, view, table, relu)
         serial.finish_sums(x, partials, table, sums, slopes)
         backward_elements(*arrays, view, table, slopes, relu)

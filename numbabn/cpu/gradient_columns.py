@@ -91,11 +91,26 @@ def add_row(io, i, bit, lead, width, columns, relu, sums, products):
 
 
 @inline
-def add_four(g0, x0, g1, x1, g2, x2, g3, x3, unit):
-    """Four vectors' sums of g and of ``g * xmu * unit``."""
-    even = fma(g2, x2 * unit, g0 * (x0 * unit))
-    odd = fma(g3, x3 * unit, g1 * (x1 * unit))
+def add_four(g0, h0, g1, h1, g2, h2, g3, h3):
+    """Four vectors' sums of g and of ``g * h``."""
+    even, odd = fma(g2, h2, g0 * h0), fma(g3, h3, g1 * h1)
     return (g0 + g1) + (g2 + g3), even + odd
+
+
+@function
+def add_four_ends(io, i, K, bit, row_bits, j, count, columns, relu, sums, products):
+    """Add columns j:j+count of four rows, fewer than 16, to the running sums, and store them.
+
+    In the order in which whole vectors are: which columns are in whole ones depends on addresses.
+    """
+    affine, zero = affine_at(columns, j), splat_like(io.x, 0.0)
+    i += j
+    g0, h0 = sum_part(io, i, bit, count, affine, relu)
+    g1, h1 = sum_part(io, i + K, bit + row_bits, count, affine, relu)
+    g2, h2 = sum_part(io, i + 2 * K, bit + 2 * row_bits, count, affine, relu)
+    g3, h3 = sum_part(io, i + 3 * K, bit + 3 * row_bits, count, affine, relu)
+    total, product = add_four(g0, h0, g1, h1, g2, h2, g3, h3)
+    add_to(sums, products, j, blend(count, total, zero), blend(count, product, zero))
 
 
 @function
@@ -106,8 +121,7 @@ def add_four_rows(io, i, K, bit, row_bits, lead, width, columns, relu, sums, pro
     processors compare the last 12 bits of an address first.
     """
     if lead > 0:
-        for row in range(4):
-            add_end(io, i + row * K, bit, 0, lead, columns, relu, sums, products)
+        add_four_ends(io, i, K, bit, row_bits, 0, lead, columns, relu, sums, products)
     j = lead
     while j + LANES <= width:
         affine = affine_at(columns, j)
@@ -119,14 +133,13 @@ def add_four_rows(io, i, K, bit, row_bits, lead, width, columns, relu, sums, pro
         put_pair(io, i + j + K, LANES, g1, x1, affine, None, False)
         put_pair(io, i + j + 2 * K, LANES, g2, x2, affine, None, False)
         put_pair(io, i + j + 3 * K, LANES, g3, x3, affine, None, False)
-        total, product = add_four(g0, x0, g1, x1, g2, x2, g3, x3, affine.unit)
+        unit = affine.unit
+        total, product = add_four(g0, x0 * unit, g1, x1 * unit, g2, x2 * unit, g3, x3 * unit)
         add_to(sums, products, j, total, product)
         j += LANES
         bit += 1
     if j < width:
-        for row in range(4):
-            at = bit + row * row_bits
-            add_end(io, i + row * K, at, j, width - j, columns, relu, sums, products)
+        add_four_ends(io, i, K, bit, row_bits, j, width - j, columns, relu, sums, products)
 
 
 @function

@@ -18,7 +18,7 @@ import numba
 import numba.np.ufunc.parallel as numba_parallel
 from numpy.typing import NDArray
 
-from numbabn.cpu import parallel, serial
+from numbabn.cpu import narrow, parallel, serial
 from numbabn.layout import View
 
 Array = NDArray[Any]
@@ -302,6 +302,8 @@ def plan_for(x: Array, view: View) -> Plan:
 def training_plan(x: Array, view: View) -> Plan:
     """The plan for training on x."""
     found = plan_for(x, view)
+    if narrow.rows_as_one(view) > 1:  # sums of repeated channels have to be merged first
+        return found._replace(forward_by_channel=False, backward_by_channel=False)
     if found.threads > 1 and x.size < MEETING_FROM and not found.backward_by_channel:
         return plan(view, x.itemsize, 1)
     return found
