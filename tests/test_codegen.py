@@ -121,7 +121,11 @@ HALF_LIBRARY = re.compile(r"__gnu_(h2f|f2h)|__(extendhf|truncsfhf|truncdfhf)")
 
 
 def innermost(asm):
-    """The loops that hold no other: from a label to the last jump back to it."""
+    """The loops that hold no other: from a label to the last jump back to it.
+
+    Nor the beginning of another: a jump back out of that one may be no loop at all, where LLVM has
+    put what comes after a loop before it.
+    """
     lines = asm.splitlines()
     labels = {m[1]: n for n, line in enumerate(lines) if (m := LABEL.match(line))}
     ends = {}
@@ -133,7 +137,7 @@ def innermost(asm):
     return [
         "\n".join(lines[start : end + 1])
         for start, end in spans
-        if not any((a, b) != (start, end) and start <= a and b <= end for a, b in spans)
+        if not any(start < a <= end for a, _ in spans)
     ]
 
 
