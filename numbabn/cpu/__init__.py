@@ -17,7 +17,6 @@ from numbabn.cpu.channels import BACKWARD_FIELDS as BACKWARD_FIELDS
 from numbabn.cpu.channels import FORWARD_FIELDS as FORWARD_FIELDS
 from numbabn.cpu.channels import SLOPE_ROWS as SLOPE_ROWS
 from numbabn.cpu.channels import TABLE_ROWS as TABLE_ROWS
-from numbabn.cpu.normalization import LONG_ROW
 from numbabn.cpu.small import eval_small as eval_small
 from numbabn.cpu.small import lies_apart as lies_apart
 from numbabn.cpu.small import passes as passes
@@ -132,10 +131,7 @@ def _backward_partials(
     plan = schedule.plan_for(x, view)
     partials = np.empty((plan.chunks, BACKWARD_FIELDS, view.C))
     written = [array for array in (grad_input, grad_residual) if array is not None]
-    row = view.C * view.L if view.columns else 0
-    streaming = bool(written) and row * x.itemsize % 64 == 0
-    whole_rows = bits is not None or 0 < row < LONG_ROW
-    streaming = streaming and schedule.streams(view, x.nbytes, whole_rows, *written)
+    streaming = schedule.streams_while_summed(view, x.nbytes, bits is not None, *written)
     schedule.run(
         "backward_sums_", plan, plan.chunk_items, grad_output, x, bits, grad_input,
         grad_residual, *plan.chunk_sizes, narrow.repeat(table, times), partials, relu, streaming,

@@ -19,6 +19,7 @@ import numba.np.ufunc.parallel as numba_parallel
 from numpy.typing import NDArray
 
 from numbabn.cpu import narrow, parallel, serial
+from numbabn.cpu.normalization import LONG_ROW
 from numbabn.layout import View
 
 Array = NDArray[Any]
@@ -232,6 +233,21 @@ def streams(view: View, nbytes: int, aligned_rows: bool, *written: Array) -> boo
         return False
     row = view.L * (view.C if view.columns else 1) * written[0].itemsize
     return not aligned_rows or (addresses[0] == 0 and row % 64 == 0)
+
+
+def streams_while_summed(view: View, nbytes: int, aligned_rows: bool, *written: Array) -> bool:
+    """`streams`, for what is stored in the pass that sums: several rows of columns at a time.
+
+    These have to lie alike, and short ones are not worth beginning in the middle of a vector.
+    """
+    if not written:
+        return False
+    if view.columns:
+        row = view.C * view.L
+        if row * written[0].itemsize % 64 != 0:
+            return False
+        aligned_rows = aligned_rows or row < LONG_ROW
+    return streams(view, nbytes, aligned_rows, *written)
 
 
 # --- threads --------------------------------------------------------------------------------
