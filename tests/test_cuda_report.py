@@ -5,6 +5,8 @@ import re
 import pytest
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+import ptx_cache
+
 from benchmarks import cuda_resources, cuda_traffic
 from numbabn import layout
 from numbabn.cuda import launch
@@ -65,7 +67,7 @@ FULLEST = (
 def ptx_of(variant, cc):
     name, storage, aligned, wide = variant
     (entry,) = [e for e in cuda_resources.entries() if e.make.__name__ == name]
-    return launch.kernel(entry.make, storage, aligned, wide, entry.bounds).ptx(cc)
+    return ptx_cache.ptx_of(launch.kernel(entry.make, storage, aligned, wide, entry.bounds), cc)
 
 
 @pytest.mark.skipif(
