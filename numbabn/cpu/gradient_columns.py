@@ -15,17 +15,18 @@ from numbabn.cpu.channels import (
 from numbabn.cpu.gradients import (
     Backward,
     Slopes,
-    gradient_part,
-    put_gradient,
+    gradient_end,
+    gradient_head,
     put_pair,
     read_ahead,
     read_pair,
     sum_part,
 )
 from numbabn.cpu.memory import load, offset, put, store
-from numbabn.cpu.normalization import MOST_IN_CACHE, affine_at, head_of, lead_of
+from numbabn.cpu.normalization import Columns, affine_at, lead_of
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reduction_columns import fold_all, rows_ahead, spread
+from numbabn.cpu.runs import along_columns
 from numbabn.cpu.vector import LANES, blend, fma, splat64, splat_like, widen
 
 
@@ -53,9 +54,35 @@ def grad_lead(io, K, block, streaming):
 
 
 @inline
-def slopes_at(columns, j):
-    """Columns j:j+16."""
-    return Slopes(load(columns.grad_mean, j), load(columns.slope, j), load(columns.offset, j))
+def slopes_at(columns, slope, j):
+    """Columns j:j+16; None where there are none."""
+    if slope is None:
+        return None
+    return Slopes(load(columns.grad_mean, j), load(slope, j), load(columns.offset, j))
+
+
+@inline
+def numbers_at(columns, j):
+    return affine_at(columns, j), slopes_at(columns, columns.slope, j)
+
+
+@inline
+def without_slopes(columns):
+    return Columns(columns.mean, columns.scale, columns.shift, columns.unit, None, None, None)
+
+
+@inline
+def read(io, i, bit, numbers, relu):
+    return read_pair(io, i, bit, numbers[0], relu)
+
+
+@inline
+def write(io, i, bit, pair, numbers, relu, streaming):
+    put_pair(io, i, LANES, pair[0], pair[1], numbers[0], numbers[1], streaming)
+
+
+# Eval mode's gradients of columns `without_slopes`, else training's.
+gradient_rows = along_columns(numbers_at, gradient_head, gradient_end, read, write)
 
 
 @inline
@@ -143,24 +170,6 @@ def add_four_rows(io, i, K, bit, row_bits, lead, width, columns, relu, sums, pro
 
 
 @function
-def stream_rows(io, K, m0, m1, k0, lead, width, columns, relu):
-    """Store what eval mode knows of rows m0:m1 past the caches, in sequence."""
-    row_bits = (K + LANES - 1) // LANES
-    for m in range(m0, m1):
-        i = m * K + k0
-        bit = m * row_bits + k0 // LANES
-        if lead > 0:
-            gradient_part(io, i, bit, lead, affine_at(columns, 0), None, relu)
-        j = lead
-        while j + LANES <= width:
-            put_gradient(io, i + j, bit, affine_at(columns, j), None, relu, True)
-            j += LANES
-            bit += 1
-        if j < width:
-            gradient_part(io, i + j, bit, width - j, affine_at(columns, j), None, relu)
-
-
-@function
 def sum_rows(io, K, m0, m1, k0, lead, width, columns, relu, sums, products):
     """Per column of k0:k0+width, add g and ``g * (x - MEAN) * UNIT`` of rows m0:m1.
 
@@ -197,12 +206,12 @@ def column_grad_sums(io, K, m0, m1, k0, lead, width, columns, relu, streaming, s
         sum_rows(io, K, m0, m1, k0, lead, width, columns, relu, sums, products)
     else:
         reading = Backward(io.grad_output, io.x, io.bits, None, None, io.ahead)
-        writing = read_ahead(io, None)
+        writing, known = read_ahead(io, None), without_slopes(columns)
         rows = 4 * max(1, PIECE // (4 * width))
         for m in range(m0, m1, rows):
             end = min(m1, m + rows)
             sum_rows(reading, K, m, end, k0, lead, width, columns, relu, sums, products)
-            stream_rows(writing, K, m, end, k0, lead, width, columns, relu)
+            gradient_rows(writing, K, m, end, k0, lead, width, known, relu, True)
 
 
 @function
@@ -224,44 +233,3 @@ def column_grad_chunk(
         put(partial_of(partials, k, COUNT), at + c, lanes, count, False)
         put(partial_of(partials, k, SUM_DY), at + c, lanes, load(sums, c), False)
         put(partial_of(partials, k, SUM_DY_XHAT), at + c, lanes, load(products, c), False)
-
-
-@function
-def column_elements(io, K, m0, m1, k0, width, lead, columns, relu, streaming):
-    """Training's input gradient of rows m0:m1, columns k0:k0+width; see `normalize_rows`."""
-    row_bits = (K + LANES - 1) // LANES
-    in_cache = not streaming and (m1 - m0) * width <= MOST_IN_CACHE
-    m = m0
-    while m < m1:
-        i = m * K + k0
-        bit = m * row_bits + k0 // LANES
-        j = max(min(lead, width), head_of(io.grad_input, io.bits, i, i + width, streaming))
-        if j > 0:
-            gradient_part(io, i, bit, j, affine_at(columns, 0), slopes_at(columns, 0), relu)
-        if in_cache and m + 2 <= m1:
-            if j > 0:
-                gradient_part(io, i + K, bit, j, affine_at(columns, 0), slopes_at(columns, 0), relu)
-            while j + LANES <= width:
-                affine, slopes = affine_at(columns, j), slopes_at(columns, j)
-                g0, x0 = read_pair(io, i + j, bit, affine, relu)
-                g1, x1 = read_pair(io, i + j + K, bit + row_bits, affine, relu)
-                put_pair(io, i + j, LANES, g0, x0, affine, slopes, False)
-                put_pair(io, i + j + K, LANES, g1, x1, affine, slopes, False)
-                j += LANES
-                bit += 1
-            if j < width:
-                affine, slopes = affine_at(columns, j), slopes_at(columns, j)
-                gradient_part(io, i + j, bit, width - j, affine, slopes, relu)
-                gradient_part(io, i + j + K, bit + row_bits, width - j, affine, slopes, relu)
-            m += 2
-        else:
-            while j + LANES <= width:
-                put_gradient(
-                    io, i + j, bit, affine_at(columns, j), slopes_at(columns, j), relu, streaming
-                )
-                j += LANES
-                bit += 1
-            if j < width:
-                affine, slopes = affine_at(columns, j), slopes_at(columns, j)
-                gradient_part(io, i + j, bit, width - j, affine, slopes, relu)
-            m += 1

@@ -6,6 +6,8 @@ from numbabn.cpu.channels import COUNT, GRAD_MEAN, OFFSET, SLOPE, SUM_DY, SUM_DY
 from numbabn.cpu.gradients import (
     Backward,
     Slopes,
+    gradient_end,
+    gradient_head,
     gradient_part,
     put_gradient,
     put_pair,
@@ -14,7 +16,7 @@ from numbabn.cpu.gradients import (
     sum_part,
 )
 from numbabn.cpu.memory import elements_past_boundary, offset, put
-from numbabn.cpu.normalization import affine_of, blend_affine, head_of
+from numbabn.cpu.normalization import affine_of, blend_affine
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reduction_planes import (
     go_together,
@@ -238,26 +240,12 @@ def mix(count, a, b):
 
 
 @inline
-def gradient_head(io, i, end, streaming):
-    """`head_of`, for whichever of the gradients are stored: all lie alike."""
-    return max(
-        head_of(io.grad_input, io.bits, i, end, streaming),
-        head_of(io.grad_residual, io.bits, i, end, streaming),
-    )
-
-
-@inline
-def part(io, i, bit, count, numbers, relu):
-    gradient_part(io, i, bit, count, numbers[0], numbers[1], relu)
-
-
-@inline
 def whole(io, i, bit, numbers, relu, streaming):
     put_gradient(io, i, bit, numbers[0], numbers[1], relu, streaming)
 
 
 # Eval mode's gradients where `slopes` is None, else training's.
-gradient_run = along_planes(numbers_of, mix, gradient_head, part, whole)
+gradient_run = along_planes(numbers_of, mix, gradient_head, gradient_end, whole)
 gradient_runs = along_rows(gradient_run)
 
 

@@ -14,7 +14,7 @@ vectors at a time are summed as they are, then in float64. Then
 from typing import Any, NamedTuple
 
 from numbabn.cpu.memory import load, load_first, put
-from numbabn.cpu.normalization import ask_ahead
+from numbabn.cpu.normalization import ask_ahead, head_of
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.vector import LANES, fma, keep, positive_bits, splat_like
 
@@ -107,3 +107,18 @@ def sum_part(io, i, bit, count, affine, relu):
     g, xmu = read_part(io, i, bit, count, affine, relu)
     put_pair(io, i, count, g, xmu, affine, None, False)
     return g, xmu * affine.unit
+
+
+@inline
+def gradient_head(io, i, end, streaming):
+    """`head_of`, for whichever of the gradients are stored: all lie alike."""
+    return max(
+        head_of(io.grad_input, io.bits, i, end, streaming),
+        head_of(io.grad_residual, io.bits, i, end, streaming),
+    )
+
+
+@inline
+def gradient_end(io, i, bit, count, numbers, relu):
+    """`gradient_part`, of `Affine` and `Slopes` in one."""
+    gradient_part(io, i, bit, count, numbers[0], numbers[1], relu)

@@ -24,7 +24,7 @@ from numbabn.cpu.memory import (
 )
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reduction_columns import spread
-from numbabn.cpu.runs import along_planes, along_rows
+from numbabn.cpu.runs import along_columns, along_planes, along_rows
 from numbabn.cpu.vector import (
     LANES,
     blend,
@@ -249,49 +249,16 @@ def runs_on(bits, L):
     return False
 
 
-# Elements of a piece of work that is found in a core's own cache, or not far from it.
-MOST_IN_CACHE = 1 << 18
+@inline
+def normalized_at(io, i, bit, affine, floor):
+    return normalized(io, i, affine)
 
 
-@function
-def normalize_rows(io, K, m0, m1, k0, width, lead, columns, floor, streaming):
-    """Rows m0:m1 of columns k0:k0+width, `lead` of them before the first boundary.
+@inline
+def write_normalized(io, i, bit, value, affine, floor, streaming):
+    put_normalized(io, i, bit, value, splat_like(io.x, floor), streaming)
 
-    In cache two at a time, so that what is known of the columns is loaded once for both. Otherwise
-    one row after the other: memory likes to be read and written in one sequence.
-    """
-    row_bits = (K + LANES - 1) // LANES
-    lowest = splat_like(io.x, floor)
-    in_cache = not streaming and (m1 - m0) * width <= MOST_IN_CACHE
-    m = m0
-    while m < m1:
-        i = m * K + k0
-        bit = m * row_bits + k0 // LANES
-        j = max(min(lead, width), head_of(io.out, io.bits, i, i + width, streaming))
-        if j > 0:
-            normalize_part(io, i, bit, j, affine_at(columns, 0), floor)
-        if in_cache and m + 2 <= m1:
-            if j > 0:
-                normalize_part(io, i + K, bit, j, affine_at(columns, 0), floor)
-            while j + LANES <= width:
-                affine = affine_at(columns, j)
-                first = normalized(io, i + j, affine)
-                second = normalized(io, i + j + K, affine)
-                put_normalized(io, i + j, bit, first, lowest, False)
-                put_normalized(io, i + j + K, bit + row_bits, second, lowest, False)
-                j += LANES
-                bit += 1
-            if j < width:
-                second_bit = bit + row_bits
-                normalize_part(io, i + j, bit, width - j, affine_at(columns, j), floor)
-                normalize_part(io, i + j + K, second_bit, width - j, affine_at(columns, j), floor)
-            m += 2
-        else:
-            while j + LANES <= width:
-                value = normalized(io, i + j, affine_at(columns, j))
-                put_normalized(io, i + j, bit, value, lowest, streaming)
-                j += LANES
-                bit += 1
-            if j < width:
-                normalize_part(io, i + j, bit, width - j, affine_at(columns, j), floor)
-            m += 1
+
+normalize_rows = along_columns(
+    affine_at, forward_head, normalize_part, normalized_at, write_normalized
+)

@@ -100,7 +100,7 @@ def add_eight_rows(x, i, K, ahead, j, count, shifts, sums, squares, wide):
 
 
 @function
-def column_sums(x, K, m0, m1, k0, width, lead, shifts, sums, squares, wide):
+def column_sums(x, K, m0, m1, k0, lead, width, shifts, sums, squares, wide):
     """Per column of k0:k0+width, sums over rows m0:m1 of ``d = x - shift`` and of ``d * d``.
 
     Eight rows at a time, so that the running sums, which are in L1, are touched seldom. `lead` of
@@ -211,18 +211,18 @@ def column_chunk(x, C, L, k, m0, m1, c0, c1, first, lead, work, space, partials,
     count = np.float64((m1 - m0) * L)
     take_centers(x, C, L, c0, c1, first, centers)
     spread(centers, c1 - c0, L, shifts)
-    column_sums(x, K, m0, m1, c0 * L, width, lead, shifts, sums, squares, None)
+    column_sums(x, K, m0, m1, c0 * L, lead, width, shifts, sums, squares, None)
     if is_double(x):
         for c in range(c1 - c0):
             middle = centers[c] + fold(sums, c, L) / count
             centers[c] = middle if np.isfinite(middle) else centers[c]
         spread(centers, c1 - c0, L, shifts)
-        column_sums(x, K, m0, m1, c0 * L, width, lead, shifts, sums, squares, None)
+        column_sums(x, K, m0, m1, c0 * L, lead, width, shifts, sums, squares, None)
     fold_all(sums, c1 - c0, L)
     fold_all(squares, c1 - c0, L)
     if not (is_double(x) or all_exact(count, sums, squares, c1 - c0)):
         exact_sums, exact_squares = offset(work, 4 * space), offset(work, 5 * space)
-        column_sums(x, K, m0, m1, c0 * L, width, lead, shifts, exact_sums, exact_squares, True)
+        column_sums(x, K, m0, m1, c0 * L, lead, width, shifts, exact_sums, exact_squares, True)
         fold_all(exact_sums, c1 - c0, L)
         fold_all(exact_squares, c1 - c0, L)
         replace_inexact(count, sums, squares, exact_sums, exact_squares, c1 - c0)

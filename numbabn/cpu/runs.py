@@ -80,3 +80,61 @@ def along_rows(run: Any) -> Any:
             run(io, i, i + width, i + L, L, 0, table, slopes, C, c, how, streaming)
 
     return runs
+
+
+# Elements of a piece of work that is found in a core's own cache, or not far from it.
+MOST_IN_CACHE = 1 << 18
+
+
+def along_columns(numbers_at: Any, head_of: Any, put_part: Any, read: Any, write: Any) -> Any:
+    """The walk along rows of columns, of a pass that is given by five functions.
+
+    ``numbers_at(columns, j)`` is what columns j:j+16 are computed with; ``read(io, i, bit, numbers,
+    how)`` loads 16 elements, and ``write(io, i, bit, value, numbers, how, streaming)`` stores what
+    becomes of them. For the others see `along_planes`.
+    """
+
+    @function
+    def rows(io, K, m0, m1, k0, lead, width, columns, how, streaming):
+        """Rows m0:m1 of columns k0:k0+width, `lead` of them before the first boundary.
+
+        In cache two at a time, so that what is known of the columns is loaded once for both.
+        Otherwise one row after the other: memory likes to be read and written in one sequence.
+        """
+        row_bits = (K + LANES - 1) // LANES
+        in_cache = not streaming and (m1 - m0) * width <= MOST_IN_CACHE
+        m = m0
+        while m < m1:
+            i = m * K + k0
+            bit = m * row_bits + k0 // LANES
+            j = max(min(lead, width), head_of(io, i, i + width, streaming))
+            if j > 0:
+                put_part(io, i, bit, j, numbers_at(columns, 0), how)
+            if in_cache and m + 2 <= m1:
+                if j > 0:
+                    put_part(io, i + K, bit, j, numbers_at(columns, 0), how)
+                while j + LANES <= width:
+                    numbers = numbers_at(columns, j)
+                    first = read(io, i + j, bit, numbers, how)
+                    second = read(io, i + j + K, bit + row_bits, numbers, how)
+                    write(io, i + j, bit, first, numbers, how, False)
+                    write(io, i + j + K, bit + row_bits, second, numbers, how, False)
+                    j += LANES
+                    bit += 1
+                if j < width:
+                    numbers = numbers_at(columns, j)
+                    put_part(io, i + j, bit, width - j, numbers, how)
+                    put_part(io, i + j + K, bit + row_bits, width - j, numbers, how)
+                m += 2
+            else:
+                while j + LANES <= width:
+                    numbers = numbers_at(columns, j)
+                    value = read(io, i + j, bit, numbers, how)
+                    write(io, i + j, bit, value, numbers, how, streaming)
+                    j += LANES
+                    bit += 1
+                if j < width:
+                    put_part(io, i + j, bit, width - j, numbers_at(columns, j), how)
+                m += 1
+
+    return rows

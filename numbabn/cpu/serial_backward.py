@@ -13,9 +13,9 @@ from numbabn.cpu.channels import (
 )
 from numbabn.cpu.chunks import chunk_of, keep_alive, partials_of, room
 from numbabn.cpu.gradient_columns import (
-    column_elements,
     column_grad_chunk,
     grad_lead,
+    gradient_rows,
     spread_slopes,
 )
 from numbabn.cpu.gradient_planes import gradient_run, gradient_runs, plane_grad_chunk
@@ -191,7 +191,7 @@ def backward_elements_columns(
                 spread_affine(pointer(table), C, c0, c1 - c0, L, columns)
                 spread_slopes(pointer(slopes), C, c0, c1, L, columns)
                 spread_block = c0
-            column_elements(io, C * L, m0, m1, k0, width, lead, columns, relu, streaming)
+            gradient_rows(io, C * L, m0, m1, k0, lead, width, columns, relu, streaming)
     return keep_alive(buffer)
 
 
@@ -265,5 +265,5 @@ def backward_columns(
             )
         else:
             spread_slopes(pointer(slopes), C, c0, c1, L, columns)
-            column_elements(io, C * L, 0, M, k0, width, lead, columns, relu, streaming)
+            gradient_rows(io, C * L, 0, M, k0, lead, width, columns, relu, streaming)
     return keep_alive(work) + keep_alive(buffer) + keep_alive(numbers)

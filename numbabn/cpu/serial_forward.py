@@ -241,7 +241,7 @@ def normalize_columns(
             columns_c0 = c0
         k0, width = c0 * L, (c1 - c0) * L
         if not in_runs:
-            normalize_rows(io, C * L, m0, m1, k0, width, lead, columns, floor, streaming)
+            normalize_rows(io, C * L, m0, m1, k0, lead, width, columns, floor, streaming)
         elif known:
             normalize_runs(
                 io, C * L, m0, m1, k0, width, L, pointer(table), None, C, c0, floor, streaming
@@ -317,5 +317,5 @@ def forward_columns(
             )
         else:
             spread_affine(channels.table, C, c0, c1 - c0, L, columns)
-            normalize_rows(io, C * L, 0, M, k0, width, lead, columns, floor, streaming)
+            normalize_rows(io, C * L, 0, M, k0, lead, width, columns, floor, streaming)
     return keep_alive(work) + keep_alive(buffer) + keep_alive(numbers)
