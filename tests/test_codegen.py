@@ -117,6 +117,11 @@ FAULTS = {
     "division": re.compile(r"\bidiv"),
     "index wrap": re.compile(r"\bsar\w*\s+\$63"),
 }
+# Vectors that found no register, and the beginning of a function whose stack begins on a boundary.
+# Without it they lie across cache lines, and in some processes across pages.
+ON_STACK = re.compile(r"%[yz]mm\d+, -?\d*\(%r[bs]p\)|-?\d*\(%r[bs]p\), .*%[yz]mm\d+")
+STACK_ALIGNED = re.compile(r"\bandq\s+\$-(?:64|128), %rsp")
+FUNCTION = re.compile(r"^(?=[A-Za-z_][\w.$]*:$)", re.MULTILINE)
 HALF_LIBRARY = re.compile(r"__gnu_(h2f|f2h)|__(extendhf|truncsfhf|truncdfhf)")
 
 
@@ -147,6 +152,17 @@ def hot(asm):
 
 def faults(loops):
     return {name for name, fault in FAULTS.items() for loop in loops if fault.search(loop)}
+
+
+def spilling(asm):
+    """Functions with hot loops that keep vectors on the stack: on boundaries, and anywhere."""
+    functions = [
+        function
+        for function in FUNCTION.split(asm)
+        if any(ON_STACK.search(loop) for loop in hot(function))
+    ]
+    aligned = [function for function in functions if STACK_ALIGNED.search(function)]
+    return aligned, [function for function in functions if function not in aligned]
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +214,13 @@ def test_float16_is_converted_by_instructions(assembly, kernel):
         assert "vcvtph2ps" not in asm  # the search does not find it everywhere
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_vectors_on_the_stack_are_on_boundaries(assembly, kernel):
+    for asm in assembly[kernel]:
+        _, anywhere = spilling(asm)
+        assert anywhere == []
+
+
 # --- would a fault be found? ------------------------------------------------------------------
 
 
@@ -240,3 +263,23 @@ def test_innermost_loops_are_cut_out():
     assert [line.split()[0] for line in loop.splitlines()] == [".Linner:", "vfmadd213ps", "jne"]
     assert faults([asm]) == {"atomic", "division"}
     assert faults([loop]) == set()
+
+
+@pytest.mark.parametrize("boundary", ["andq $-64, %rsp", "subq $64, %rsp"])
+def test_vectors_on_the_stack_are_found(boundary):
+    register = f"%{WIDEST}1"
+    asm = f"""
+aligned:
+    andq $-64, %rsp
+    retq
+spilling:
+    {boundary}
+.Lloop:
+    vmovups {register}, 32(%rsp)
+    vaddps (%rax), {register}, {register}
+    vmulps 32(%rsp), {register}, {register}
+    jne .Lloop
+    retq
+"""
+    aligned, anywhere = spilling(asm)
+    assert [len(aligned), len(anywhere)] == ([1, 0] if "andq" in boundary else [0, 1])

@@ -9,6 +9,48 @@ from pathlib import Path
 from typing import Any
 
 from numba import njit, types
+from numba.core.compiler import Compiler
+from numba.core.compiler_machinery import register_pass
+from numba.core.lowering import Lower
+from numba.core.typed_passes import NativeLowering
+
+
+class _OnBoundaries(Lower):
+    """Lower to functions that keep vectors on their stack on boundaries of 64 bytes.
+
+    LLVM notices too late that registers run out to begin a function's stack on more than 16 bytes,
+    as its caller does. Then a vector that it puts there may lie across two cache lines and,
+    depending on where the process's stack begins and how deep in it one is, across two pages. Loops
+    took four times as long, in one process of ten (measured: 28 instead of 7 ms).
+    """
+
+    def setup_function(self, fndesc: Any) -> None:
+        super().setup_function(fndesc)
+        attributes = self.function.attributes
+        attributes.alignstack = 64
+        attributes.add("nounwind")  # llvmlite prints none if all there is has a number
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _Lowering(NativeLowering):
+    _name = "lowering_on_boundaries"
+
+    @property
+    def lowering_class(self) -> Any:
+        return _OnBoundaries
+
+
+class _Compiler(Compiler):
+    """Numba's own, but for that."""
+
+    def define_pipelines(self) -> Any:
+        pipelines = super().define_pipelines()
+        for pipeline in pipelines:
+            pipeline.passes = [
+                (_Lowering if step is NativeLowering else step, said)
+                for step, said in pipeline.passes
+            ]
+        return pipelines
 
 
 def _plainly_typed(dispatcher: Any) -> Any:
@@ -30,7 +72,10 @@ def _plainly_typed(dispatcher: Any) -> Any:
 
 def _inner(**options: Any) -> Any:
     """Compile what only kernels call: without the ways in from Python and from C."""
-    compiler = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)
+    compiler = njit(
+        error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True,
+        pipeline_class=_Compiler, **options,
+    )  # fmt: skip
     return lambda python_function: _plainly_typed(compiler(python_function))
 
 
@@ -59,7 +104,8 @@ def _cached(dispatcher: Any) -> Any:
 
 def kernel(python_function: Any) -> Any:
     """Compile for one thread."""
-    return _cached(njit(error_model="numpy", cache=True, nogil=True)(python_function))
+    options = {"error_model": "numpy", "cache": True, "nogil": True}
+    return _cached(njit(pipeline_class=_Compiler, **options)(python_function))
 
 
 def parallel_kernel(python_function: Any) -> Any:
