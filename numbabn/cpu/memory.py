@@ -238,14 +238,20 @@ AHEAD = 16 << 10
 
 
 @intrinsic
-def values_ahead(typingctx: Any, source: Any) -> Any:
-    """`AHEAD` in elements."""
-    count = AHEAD // (source.dtype.bitwidth // 8)
+def values_in(typingctx: Any, source: Any, nbytes: Any) -> Any:
+    """How many elements of `source` so many bytes are."""
+    size = source.dtype.bitwidth // 8
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return I64(count)
+        return builder.lshr(args[1], I64(size.bit_length() - 1))
 
-    return types.int64(source), codegen
+    return types.int64(source, types.int64), codegen
+
+
+@inline
+def values_ahead(source):
+    """`AHEAD` in elements."""
+    return values_in(source, AHEAD)
 
 
 @cache
