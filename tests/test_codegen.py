@@ -117,9 +117,12 @@ FAULTS = {
     "division": re.compile(r"\bidiv"),
     "index wrap": re.compile(r"\bsar\w*\s+\$63"),
 }
-# Vectors that found no register, and the beginning of a function whose stack begins on a boundary.
-# Without it they lie across cache lines, and in some processes across pages.
-ON_STACK = re.compile(r"%[yz]mm\d+, -?\d*\(%r[bs]p\)|-?\d*\(%r[bs]p\), .*%[yz]mm\d+")
+# Vectors (not numbers to fill one with) that found no register, and the beginning of a function
+# whose stack begins on a boundary. Without it they lie across cache lines, and now and then pages.
+ON_STACK = re.compile(
+    r"^(?!\s+vbroadcast).*(?:%[yz]mm\d+, -?\d*\(%r[bs]p\)|-?\d*\(%r[bs]p\), .*%[yz]mm\d+)",
+    re.MULTILINE,
+)
 STACK_ALIGNED = re.compile(r"\bandq\s+\$-(?:64|128), %rsp")
 FUNCTION = re.compile(r"^(?=[A-Za-z_][\w.$]*:$)", re.MULTILINE)
 HALF_LIBRARY = re.compile(r"__gnu_(h2f|f2h)|__(extendhf|truncsfhf|truncdfhf)")
