@@ -57,7 +57,7 @@ def _locked(file, wait):
         yield held
 
 
-def _compiled(kernel, cc, wait=True):
+def _compiled(kernel, cc, wait):
     """The file of ``kernel.ptx(cc)``, and whether it is there, or was made now.
 
     It is not if another process is at it and one does not `wait`.

@@ -14,7 +14,8 @@ from numbabn.cpu import schedule, serial
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 # Planes that are columns to sums (4×4, 5×5), planes that are summed in pairs of rows and a last row
 # (7×7), planes with an end that is no vector, with none, and of a few channels; channels last, in
-# whole vectors and not; long rows, of one block of columns and a short one.
+# whole vectors and not; long rows, of one block of columns and a short one; rows 2 KiB or
+# a multiple apart, which are summed before they are stored (`gradient_columns.RIVALS`).
 SHAPES = {
     "4x4": ((64, 40, 4, 4), 1),
     "5x5": ((40, 48, 5, 5), 1),
@@ -25,6 +26,7 @@ SHAPES = {
     "channels last": ((30, 40, 48), -1),
     "odd channels last": ((30, 40, 37), -1),
     "long rows": ((9, 5, 1056), -1),
+    "rival rows": ((9, 5, 1024), -1),
 }
 
 
