@@ -78,7 +78,8 @@ def _normalize(
 ) -> None:  # fmt: skip
     plan = schedule.plan_for(x, view)
     floor = 0.0 if relu else -np.inf
-    streaming = schedule.streams(view, x.nbytes, bits is not None, out)
+    nbytes = x.nbytes * (2 if residual is None else 3)
+    streaming = schedule.streams(view, nbytes, bits is not None, out)
     schedule.run(
         "normalize_", plan, plan.element_items, x, residual, bits, out,
         *plan.element_sizes, *channels, floor, streaming,
@@ -90,7 +91,7 @@ def batch_stats(x: Array, view: View) -> Array:
     view, times = narrow.widen(view)
     plan = schedule.plan_for(x, view)
     partials = np.empty((plan.chunks, FORWARD_FIELDS, view.C))
-    schedule.run("stats_", plan, plan.chunk_items, x, *plan.chunk_sizes, partials)
+    schedule.run("stats_", plan, plan.chunk_items, x, *plan.stats_sizes, partials)
     return narrow.merge_stats(partials, times)
 
 
@@ -115,9 +116,10 @@ def forward_train(
         normalize(x, residual, bits, out, view, table, relu)
         return table
     floor = 0.0 if relu else -np.inf
-    streaming = schedule.streams(view, x.nbytes, bits is not None, out)
+    nbytes = x.nbytes * (2 if residual is None else 3)
+    streaming = schedule.streams(view, nbytes, bits is not None, out)
     schedule.run(
-        "forward_", plan, plan.channel_items, x, residual, bits, out,
+        "forward_", plan, plan.forward_items, x, residual, bits, out,
         *plan.forward_sizes, *channels, floor, streaming,
     )  # fmt: skip
     return table
@@ -131,10 +133,11 @@ def _backward_partials(
     plan = schedule.plan_for(x, view)
     partials = np.empty((plan.chunks, BACKWARD_FIELDS, view.C))
     written = [array for array in (grad_input, grad_residual) if array is not None]
-    streaming = schedule.streams_while_summed(view, x.nbytes, bits is not None, *written)
+    nbytes = x.nbytes * (2 + len(written))
+    streaming = schedule.streams_while_summed(view, nbytes, bits is not None, *written)
     schedule.run(
         "backward_sums_", plan, plan.chunk_items, grad_output, x, bits, grad_input,
-        grad_residual, *plan.chunk_sizes, narrow.repeat(table, times), partials, relu, streaming,
+        grad_residual, *plan.sums_sizes, narrow.repeat(table, times), partials, relu, streaming,
     )  # fmt: skip
     return narrow.merge_sums(partials, times)
 
@@ -165,7 +168,8 @@ def backward_elements(
     table, slopes = narrow.repeat(table, times), narrow.repeat(slopes, times)
     plan = schedule.plan_for(x, view)
     written = (grad_input,) if grad_residual is None else (grad_input, grad_residual)
-    streaming = schedule.streams(view, x.nbytes, bits is not None, *written)
+    nbytes = x.nbytes * (2 + len(written))
+    streaming = schedule.streams(view, nbytes, bits is not None, *written)
     schedule.run(
         "backward_elements_", plan, plan.element_items, grad_output, x, bits,
         grad_input, grad_residual, *plan.element_sizes, table, slopes, relu, streaming,
@@ -187,9 +191,10 @@ def backward_train(
         backward_elements(*arrays, view, table, slopes, relu)
         return sums
     written = (grad_input,) if grad_residual is None else (grad_input, grad_residual)
-    streaming = schedule.streams(view, x.nbytes, bits is not None, *written)
+    nbytes = x.nbytes * (2 + len(written))
+    streaming = schedule.streams(view, nbytes, bits is not None, *written)
     schedule.run(
-        "backward_", plan, plan.channel_items, *arrays, *plan.backward_sizes, table,
+        "backward_", plan, plan.backward_items, *arrays, *plan.backward_sizes, table,
         sums, slopes, relu, streaming,
     )  # fmt: skip
     return sums

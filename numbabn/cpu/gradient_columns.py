@@ -47,10 +47,15 @@ def given(pointer, other):
 
 
 @inline
-def grad_lead(io, K, block, streaming):
-    """`lead_of`, for what is written or, if nothing is, for x."""
-    target = given(io.grad_input, given(io.grad_residual, io.x))
-    return lead_of(target, io.bits, K, block, streaming)
+def written(io):
+    """What is written or, if nothing is, x."""
+    return given(io.grad_input, given(io.grad_residual, io.x))
+
+
+@inline
+def grad_lead(io, K, k0, streaming):
+    """`lead_of`, for what is `written`."""
+    return lead_of(written(io), io.bits, K, k0, streaming)
 
 
 @inline
@@ -197,14 +202,16 @@ RIVALS = 2048
 
 
 @function
-def column_grad_sums(io, K, m0, m1, k0, lead, width, columns, relu, streaming, sums, products):
+def column_grad_sums(
+    io, K, m0, m1, k0, lead, width, ahead, columns, relu, streaming, sums, products
+):
     """The same, past the caches if `streaming`.
 
     Where rows are such that their lines are rivals, what is written is written in the order of
     memory, after a few rows were summed: four rows at once take twice as long there, and 0.75 to
     0.9 of the time elsewhere (measured, of 1024 and 2048 columns and of 64 to 768).
     """
-    io = read_ahead(io, rows_ahead(io.x, width, 4) * K)
+    io = read_ahead(io, rows_ahead(ahead, width, 4) * K)
     lead = min(lead, width)
     if not (streaming and K % values_in(io.x, RIVALS) == 0):
         sum_rows(io, K, m0, m1, k0, lead, width, columns, relu, streaming, sums, products)
@@ -220,7 +227,7 @@ def column_grad_sums(io, K, m0, m1, k0, lead, width, columns, relu, streaming, s
 
 @function
 def column_grad_chunk(
-    io, C, L, k, m0, m1, c0, c1, lead, columns, relu, streaming, work, space, partials, at
+    io, C, L, k, m0, m1, c0, c1, lead, ahead, columns, relu, streaming, work, space, partials, at
 ):
     """Sums of rows m0:m1 of channels c0:c1, into chunk k of `partials`, from place `at` on."""
     sums, products = work, offset(work, space)
@@ -228,7 +235,9 @@ def column_grad_chunk(
     for j in range(0, width, LANES):
         store(sums, j, splat64(0.0))
         store(products, j, splat64(0.0))
-    column_grad_sums(io, K, m0, m1, k0, lead, width, columns, relu, streaming, sums, products)
+    column_grad_sums(
+        io, K, m0, m1, k0, lead, width, ahead, columns, relu, streaming, sums, products
+    )
     fold_all(sums, c1 - c0, L)
     fold_all(products, c1 - c0, L)
     count = splat64(np.float64((m1 - m0) * L))

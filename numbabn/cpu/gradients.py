@@ -23,7 +23,7 @@ class Backward(NamedTuple):
     """Pointers to what the backward pass reads and writes; the last three may be None.
 
     Each vector of x and grad_output is read together with a hint that those `ahead` elements on
-    will be, unless that is None.
+    will be, unless that is None or 0.
     """
 
     grad_output: Any

@@ -20,19 +20,19 @@ def share(items, parts, part):
 
 
 @parallel_kernel
-def stats_planes(x, N, C, L, rows, segment, group, partials, items, parts):
+def stats_planes(x, N, C, L, rows, segment, group, ahead, partials, items, parts):
     for part in prange(parts):
         serial.stats_planes(
-            x, N, C, L, rows, segment, group, partials, share(items, parts, part),
+            x, N, C, L, rows, segment, group, ahead, partials, share(items, parts, part),
             share(items, parts, part + 1),
         )
 
 
 @parallel_kernel
-def stats_columns(x, M, C, L, rows, block, partials, items, parts):
+def stats_columns(x, M, C, L, rows, block, ahead, partials, items, parts):
     for part in prange(parts):
         serial.stats_columns(
-            x, M, C, L, rows, block, partials, share(items, parts, part),
+            x, M, C, L, rows, block, ahead, partials, share(items, parts, part),
             share(items, parts, part + 1),
         )
 
@@ -65,12 +65,12 @@ def normalize_columns(
 
 @parallel_kernel
 def forward_planes(
-    x, residual, bits, out, N, C, L, rows, segment, chunks, group, elements_ahead,
+    x, residual, bits, out, N, C, L, rows, segment, chunks, group, ahead, elements_ahead,
     weight, bias, running_mean, running_var, momentum, eps, table, floor, streaming, items, parts,
 ):
     for part in prange(parts):
         serial.forward_planes(
-            x, residual, bits, out, N, C, L, rows, segment, chunks, group,
+            x, residual, bits, out, N, C, L, rows, segment, chunks, group, ahead,
             elements_ahead, weight, bias, running_mean, running_var, momentum, eps, table, floor,
             streaming, share(items, parts, part), share(items, parts, part + 1),
         )
@@ -78,12 +78,12 @@ def forward_planes(
 
 @parallel_kernel
 def forward_columns(
-    x, residual, bits, out, M, C, L, rows, block, chunks, weight, bias, running_mean, running_var,
-    momentum, eps, table, floor, streaming, items, parts,
+    x, residual, bits, out, M, C, L, rows, block, chunks, ahead, weight, bias, running_mean,
+    running_var, momentum, eps, table, floor, streaming, items, parts,
 ):
     for part in prange(parts):
         serial.forward_columns(
-            x, residual, bits, out, M, C, L, rows, block, chunks, weight, bias, running_mean,
+            x, residual, bits, out, M, C, L, rows, block, chunks, ahead, weight, bias, running_mean,
             running_var, momentum, eps, table, floor, streaming, share(items, parts, part),
             share(items, parts, part + 1),
         )
@@ -91,12 +91,12 @@ def forward_columns(
 
 @parallel_kernel
 def backward_sums_planes(
-    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, group, table, partials,
-    relu, streaming, items, parts,
+    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, group, ahead, table,
+    partials, relu, streaming, items, parts,
 ):
     for part in prange(parts):
         serial.backward_sums_planes(
-            grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, group,
+            grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, group, ahead,
             table, partials, relu, streaming, share(items, parts, part),
             share(items, parts, part + 1),
         )
@@ -104,12 +104,12 @@ def backward_sums_planes(
 
 @parallel_kernel
 def backward_sums_columns(
-    grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, table, partials, relu,
-    streaming, items, parts,
+    grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, ahead, table, partials,
+    relu, streaming, items, parts,
 ):
     for part in prange(parts):
         serial.backward_sums_columns(
-            grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, table,
+            grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, ahead, table,
             partials, relu, streaming, share(items, parts, part), share(items, parts, part + 1),
         )
 
@@ -140,25 +140,25 @@ def backward_elements_columns(
 
 @parallel_kernel
 def backward_planes(
-    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks, group,
+    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks, group, ahead,
     elements_ahead, table, sums, slopes, relu, streaming, items, parts,
 ):
     for part in prange(parts):
         serial.backward_planes(
             grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks,
-            group, elements_ahead, table, sums, slopes, relu, streaming,
+            group, ahead, elements_ahead, table, sums, slopes, relu, streaming,
             share(items, parts, part), share(items, parts, part + 1),
         )
 
 
 @parallel_kernel
 def backward_columns(
-    grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, chunks, table, sums,
-    slopes, relu, streaming, items, parts,
+    grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, chunks, ahead, table,
+    sums, slopes, relu, streaming, items, parts,
 ):
     for part in prange(parts):
         serial.backward_columns(
-            grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, chunks, table,
-            sums, slopes, relu, streaming, share(items, parts, part),
+            grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, chunks, ahead,
+            table, sums, slopes, relu, streaming, share(items, parts, part),
             share(items, parts, part + 1),
         )

@@ -8,10 +8,8 @@ from numbabn.cpu.memory import (
     load_first,
     load_upto,
     offset,
-    prefetch,
     scalar,
     store,
-    values_ahead,
 )
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reductions import (
@@ -19,6 +17,7 @@ from numbabn.cpu.reductions import (
     add_eight,
     all_lanes,
     as_summed,
+    ask_eight,
     exact_lanes,
     put_chunk,
 )
@@ -69,10 +68,10 @@ def fold(sums, c, L):
 
 
 @inline
-def rows_ahead(x, width, together):
-    """How many rows of `width` columns to fetch ahead, where so many are read `together`."""
+def rows_ahead(ahead, width, together):
+    """How many rows of `width` columns make `ahead` elements, where so many are read `together`."""
     bunch = together * width
-    return together * ((values_ahead(x) + bunch - 1) // bunch)
+    return together * ((ahead + bunch - 1) // bunch)
 
 
 @inline
@@ -88,8 +87,7 @@ def add_row(x, i, j, count, shifts, sums, squares):
 @inline
 def add_eight_rows(x, i, K, ahead, j, count, shifts, sums, squares, wide):
     """Add eight rows, the first at x[i], to the running sums of columns j:j+16."""
-    for row in range(8):
-        prefetch(x, i + ahead + row * K)
+    ask_eight(x, i, K, ahead)
     center = as_summed(wide, narrow_like(x, load(shifts, j)))
     total, total_squares = add_eight(x, i, K, count, center, wide)
     if count < LANES:
@@ -100,7 +98,7 @@ def add_eight_rows(x, i, K, ahead, j, count, shifts, sums, squares, wide):
 
 
 @function
-def column_sums(x, K, m0, m1, k0, lead, width, shifts, sums, squares, wide):
+def column_sums(x, K, m0, m1, k0, lead, width, ahead, shifts, sums, squares, wide):
     """Per column of k0:k0+width, sums over rows m0:m1 of ``d = x - shift`` and of ``d * d``.
 
     Eight rows at a time, so that the running sums, which are in L1, are touched seldom. `lead` of
@@ -111,7 +109,7 @@ def column_sums(x, K, m0, m1, k0, lead, width, shifts, sums, squares, wide):
         store(squares, j, splat64(0.0))
     lead = min(lead, width)
     whole = width - (width - lead) % LANES
-    ahead = rows_ahead(x, width, 8) * K
+    ahead = rows_ahead(ahead, width, 8) * K
     m = m0
     while m + 8 <= m1:
         i = m * K + k0
@@ -198,7 +196,7 @@ def replace_inexact(count, sums, squares, exact_sums, exact_squares, channels):
 
 
 @function
-def column_chunk(x, C, L, k, m0, m1, c0, c1, first, lead, work, space, partials, at):
+def column_chunk(x, C, L, k, m0, m1, c0, c1, first, lead, ahead, work, space, partials, at):
     """Statistics of rows m0:m1 of channels c0:c1, into chunk k of `partials`, from place `at` on.
 
     The mean of the `first` rows is what they are summed relative to. `work` is scratch: six times
@@ -211,18 +209,20 @@ def column_chunk(x, C, L, k, m0, m1, c0, c1, first, lead, work, space, partials,
     count = np.float64((m1 - m0) * L)
     take_centers(x, C, L, c0, c1, first, centers)
     spread(centers, c1 - c0, L, shifts)
-    column_sums(x, K, m0, m1, c0 * L, lead, width, shifts, sums, squares, None)
+    column_sums(x, K, m0, m1, c0 * L, lead, width, ahead, shifts, sums, squares, None)
     if is_double(x):
         for c in range(c1 - c0):
             middle = centers[c] + fold(sums, c, L) / count
             centers[c] = middle if np.isfinite(middle) else centers[c]
         spread(centers, c1 - c0, L, shifts)
-        column_sums(x, K, m0, m1, c0 * L, lead, width, shifts, sums, squares, None)
+        column_sums(x, K, m0, m1, c0 * L, lead, width, ahead, shifts, sums, squares, None)
     fold_all(sums, c1 - c0, L)
     fold_all(squares, c1 - c0, L)
     if not (is_double(x) or all_exact(count, sums, squares, c1 - c0)):
         exact_sums, exact_squares = offset(work, 4 * space), offset(work, 5 * space)
-        column_sums(x, K, m0, m1, c0 * L, lead, width, shifts, exact_sums, exact_squares, True)
+        column_sums(
+            x, K, m0, m1, c0 * L, lead, width, ahead, shifts, exact_sums, exact_squares, True
+        )
         fold_all(exact_sums, c1 - c0, L)
         fold_all(exact_squares, c1 - c0, L)
         replace_inexact(count, sums, squares, exact_sums, exact_squares, c1 - c0)

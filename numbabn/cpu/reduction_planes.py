@@ -17,12 +17,12 @@ from numbabn.cpu.memory import (
     prefetch,
     scalar,
     store,
-    values_ahead,
 )
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reductions import (
     add_eight,
     all_lanes,
+    ask_eight,
     exact_lanes,
     put_chunk,
 )
@@ -51,7 +51,7 @@ PLANE_WORK = 2 * LANES * LANES + 3 * LANES
 
 
 class Reach(NamedTuple):
-    """How far ahead of row n to fetch: `near` elements if n < `turn`, else `far`."""
+    """How far ahead of row n to fetch: `near` elements if n < `turn`, else `far`; 0 for nothing."""
 
     turn: int
     near: int
@@ -59,12 +59,11 @@ class Reach(NamedTuple):
 
 
 @function
-def reach_of(x, N, K, piece):
-    """Elements from where one reads to what is read next.
+def reach_of(ahead, N, K, piece):
+    """Elements from where one reads to what is read `ahead` elements later.
 
     That is `piece` elements of each of N rows of K, one row after the other, then the next piece.
     """
-    ahead = values_ahead(x)
     if 4 * ahead <= piece:
         return Reach(N, ahead, ahead)
     rows = max(2, (ahead + piece - 1) // piece)
@@ -134,9 +133,10 @@ def add_part(x, i, K, count, center, few, few_squares):
 
 @inline
 def ask_planes(x, i, K, ahead):
-    prefetch(x, i + ahead)
-    if K is not None:
-        prefetch(x, i + K + ahead)
+    if ahead != 0:
+        prefetch(x, i + ahead)
+        if K is not None:
+            prefetch(x, i + K + ahead)
 
 
 @function
@@ -162,8 +162,7 @@ def add_planes(x, i, K, L, channels, lane, centers, ahead, fresh, work):
             if i + 8 * LANES <= turn:
                 total, squares = kept(work, j, fresh)
                 while i + 8 * LANES <= turn:
-                    for step in range(8):
-                        prefetch(x, i + ahead + step * LANES)
+                    ask_eight(x, i, LANES, ahead)
                     eight, eight_squares = add_eight(x, i, LANES, LANES, center, None)
                     total = total + widen(eight)
                     squares = squares + widen(eight_squares)

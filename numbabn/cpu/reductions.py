@@ -11,7 +11,7 @@ pass over the chunk, about the chunk's own mean, while the chunk is in cache.
 import numpy as np
 
 from numbabn.cpu.channels import CENTER, COUNT, M2, SUM, partial_of
-from numbabn.cpu.memory import load_upto, put
+from numbabn.cpu.memory import load_upto, prefetch, put
 from numbabn.cpu.options import inline
 from numbabn.cpu.vector import clip_below, fma, positive_bits, splat64, splat_like, widen
 
@@ -38,6 +38,14 @@ def add_one(x, i, count, center, wide, total, squares):
     """Add such a vector and its square to two sums."""
     d = difference(x, i, count, center, wide)
     return total + d, fma(d, d, squares)
+
+
+@inline
+def ask_eight(x, i, step, ahead):
+    """Ask for eight vectors, `ahead` elements on from x[i]; not if that is 0."""
+    if ahead != 0:
+        for k in range(8):
+            prefetch(x, i + ahead + k * step)
 
 
 @inline

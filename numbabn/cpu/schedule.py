@@ -19,6 +19,7 @@ import numba.np.ufunc.parallel as numba_parallel
 from numpy.typing import NDArray
 
 from numbabn.cpu import narrow, parallel, serial
+from numbabn.cpu.memory import AHEAD
 from numbabn.cpu.normalization import LONG_ROW
 from numbabn.layout import View
 
@@ -37,15 +38,19 @@ CHUNK_COLUMNS = 1 << 17
 MOST_CHUNKS = 1 << 14
 # Bytes of the last cache that one core can count on, whatever the system says: on machines of many
 # cores, of which a virtual one shows a few, the others fill it too.
-MOST_LAST_SHARE = 8 << 20
+MOST_LAST_SHARE = 16 << 20
 # Bytes of a channel of which two arrays fit any L2 twice.
 SMALL_CHANNEL = 1 << 17
 # Largest size of a last cache that only a few cores share.
 FAST_LAST = 128 << 20
-# Bytes of a row of a block that are worth taking out of the row.
+# Bytes of a row of a block that are worth taking out of the row; a second look in cache does not
+# make up for reading shorter ones (measured: half to twice the time at 512 bytes).
 SHORTEST_PIECE = 3 << 10
-# Columns summed at a time: their running sums and parameters fit L1.
+SHORTEST_PIECE_IN_CACHE = 1 << 10
+# Columns gone through at a time: what is known of them, and their running sums, fit L1. Fewer where
+# rows come from a cache, which brings more of them than memory does.
 COLUMNS = 1024
+COLUMNS_IN_CACHE = 512
 
 
 class Caches(NamedTuple):
@@ -104,11 +109,13 @@ class Plan(NamedTuple):
     name: str  # "planes" or "columns": how the kernels' names end
     threads: int
     chunks: int  # of each channel
-    chunk_sizes: tuple[int, ...]
+    stats_sizes: tuple[int, ...]
+    sums_sizes: tuple[int, ...]
     chunk_items: int
     forward_sizes: tuple[int, ...]
+    forward_items: int
     backward_sizes: tuple[int, ...]
-    channel_items: int
+    backward_items: int
     element_sizes: tuple[int, ...]
     element_items: int
     forward_by_channel: bool
@@ -138,15 +145,19 @@ def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
     few = min(16, max(1, C * chunks // (4 * threads)))  # but every thread should have items
     # A channel's second look finds it in cache; but every thread should have channels to do.
     by_channel = threads == 1 or 4 * threads <= C or C % threads == 0
+    nbytes = N * C * L * itemsize
+    ahead, back = (AHEAD // itemsize if in_memory(n * nbytes) else 0 for n in (2, 3))
     channel_sizes = (N, C, L, rows, segment, chunks, group)
     return Plan(
         "planes",
         threads,
         chunks,
-        (N, C, L, rows, segment, few),
+        (N, C, L, rows, segment, few, ahead),
+        (N, C, L, rows, segment, few, back),
         -(-C // few) * chunks,
-        (*channel_sizes, _ahead(L, N * L * itemsize)),
-        (*channel_sizes, _ahead(L, 2 * N * L * itemsize)),
+        (*channel_sizes, ahead, _ahead(L, N * L * itemsize) if ahead else 0),
+        C,
+        (*channel_sizes, back, _ahead(L, 2 * N * L * itemsize) if back else 0),
         C,
         (C, L, segment),
         N * C * -(-L // segment),
@@ -187,46 +198,73 @@ def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
     tall = -(-M // downs)
     # The chunks' rows are settled; narrower blocks of columns give more threads something to do.
     # But they are fetched less well, and equal shares of the rows need none.
+    nbytes = M * C * L * itemsize
+    ahead, back = (AHEAD // itemsize if in_memory(n * nbytes) else 0 for n in (2, 3))
+    if not ahead:
+        block = min(block, max(16, COLUMNS_IN_CACHE // L // 16 * 16))
     short = 0 if chunks % threads == 0 else 4 * threads
     while chunks * -(-C // block) < short and block * L >= 128 and block >= 32:
         block = block // 32 * 16
-    blocks = -(-C // block)
-    channel_sizes = (M, C, L, rows, block, chunks)
-    # For a second look in cache, all rows of a block have to fit. Narrow blocks lie in memory in
-    # pieces too short to be fetched ahead.
-    fits = caches().l2 // 2 // (M * block * L * itemsize)
-    enough = threads == 1 or blocks >= 4 * threads or blocks % threads == 0
-    enough = enough and block * L * itemsize >= min(SHORTEST_PIECE, C * L * itemsize)
+    forward = _channel_block(M, C, L, itemsize, threads, 1)
+    backward = _channel_block(M, C, L, itemsize, threads, 2)
     return Plan(
         "columns",
         threads,
         chunks,
-        (M, C, L, rows, block),
-        chunks * blocks,
-        channel_sizes,
-        channel_sizes,
-        blocks,
+        (M, C, L, rows, block, ahead),
+        (M, C, L, rows, block, back),
+        chunks * -(-C // block),
+        (M, C, L, rows, forward, chunks, ahead),
+        -(-C // forward) if forward else 0,
+        (M, C, L, rows, backward, chunks, back),
+        -(-C // backward) if backward else 0,
         (M, C, L, tall, wide),
         -(-C // wide) * -(-M // tall),
-        enough and fits >= 1,
-        enough and fits >= 2,
+        forward > 0,
+        backward > 0,
     )
 
 
+def _channel_block(M: int, C: int, L: int, itemsize: int, threads: int, arrays: int) -> int:
+    """Channels that one thread sums, then goes over again while `arrays` of them are in its cache.
+
+    0 if there is no such number.
+    """
+    column = L * itemsize
+    columns, piece = COLUMNS_IN_CACHE, SHORTEST_PIECE_IN_CACHE
+    if in_memory(M * C * column * (arrays + 1)):
+        columns, piece = COLUMNS, SHORTEST_PIECE
+    widest = min(columns // L, caches().l2 // 2 // (M * column * arrays))
+    if threads == 1 and widest >= C:
+        return C
+    for shares in (1, 2, 4, 8, 16):  # of each thread: one, if that makes equal ones
+        block = -(-C // (shares * threads))
+        block += -block % 16  # so that rows of `bits` start on a number
+        equal = -(-C // block) % threads == 0 or shares >= 4
+        if block <= widest and equal and block * column >= min(piece, C * column):
+            return block
+    return 0
+
+
 @cache
-def _too_large_for_cache() -> int:
+def _last_cache() -> int:
     found = caches()
-    return min(found.last // 2, found.last_shared_by * MOST_LAST_SHARE)
+    return min(found.last, found.last_shared_by * MOST_LAST_SHARE)
+
+
+def in_memory(nbytes: int) -> bool:
+    """Whether all arrays of a pass, so many bytes, are too much for the caches."""
+    return nbytes >= _last_cache()
 
 
 def streams(view: View, nbytes: int, aligned_rows: bool, *written: Array) -> bool:
-    """Whether stores should bypass the caches.
+    """Whether stores should bypass the caches, in a pass over arrays of so many bytes in all.
 
-    They should when what is written is too large to be read from cache afterwards; below that
-    they cost up to twice as much. With `aligned_rows`, vectors must not be moved to a boundary of
-    64 bytes, so rows have to begin on one.
+    They should when what is written would not be found there afterwards, or drive out what is yet
+    to be read; below that they cost up to twice as much. With `aligned_rows`, vectors must not be
+    moved to a boundary of 64 bytes, so rows have to begin on one.
     """
-    if nbytes < _too_large_for_cache():
+    if not in_memory(nbytes):
         return False
     addresses = [array.__array_interface__["data"][0] % 64 for array in written]
     if len(set(addresses)) > 1:

@@ -17,6 +17,7 @@ from numbabn.cpu.gradient_columns import (
     grad_lead,
     gradient_rows,
     spread_slopes,
+    written,
 )
 from numbabn.cpu.gradient_planes import gradient_run, gradient_runs, plane_grad_chunk
 from numbabn.cpu.gradients import Backward
@@ -32,7 +33,9 @@ from numbabn.cpu.normalization import (
     COLUMN_ROWS,
     aligned_after,
     columns_of,
+    first_of,
     runs_on,
+    shift_of,
     spread_affine,
 )
 from numbabn.cpu.options import inline, kernel
@@ -54,8 +57,8 @@ def backward_io(grad_output, x, bits, grad_input, grad_residual, ahead):
 
 @kernel
 def backward_sums_planes(
-    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, group, table, numbers,
-    relu, streaming, start, stop,
+    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, group, ahead, table,
+    numbers, relu, streaming, start, stop,
 ):
     """Items start:stop of (group of channels) × (chunk); in eval mode, with the input gradient."""
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, None)
@@ -67,7 +70,7 @@ def backward_sums_planes(
         c1 = min(C, c0 + group)
         n0, l0 = chunk_of(k, rows, L, segment)
         plane_grad_chunk(
-            io, reach_of(io.x, N, C * L, (c1 - c0) * L), C, L, c0, c1, k, n0, min(N, n0 + rows),
+            io, reach_of(ahead, N, C * L, (c1 - c0) * L), C, L, c0, c1, k, n0, min(N, n0 + rows),
             l0, min(L, l0 + segment), pointer(table), relu, streaming, aligned(pointer(work)),
             partials, c0,
         )
@@ -76,27 +79,28 @@ def backward_sums_planes(
 
 @kernel
 def backward_sums_columns(
-    grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, table, numbers, relu,
-    streaming, start, stop,
+    grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, ahead, table, numbers,
+    relu, streaming, start, stop,
 ):
     """Items start:stop of the grid (block of channels) × (chunk of rows); see planes."""
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, None)
     partials = partials_of(numbers)
     space = room(block * L)
-    lead = grad_lead(io, C * L, block * L, streaming)
     work = np.empty(2 * space + 2 * LANES)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + 2 * LANES)
-    columns = columns_of(pointer(buffer), space, lead)
+    lead, columns = 0, columns_of(pointer(buffer), space, 0)
     spread_block = -1
     for item in range(start, stop):
         k = item % partials.chunks
         c0 = (item // partials.chunks) * block
         c1 = min(C, c0 + block)
         if c0 != spread_block:
+            lead = grad_lead(io, C * L, c0 * L, streaming)
+            columns = columns_of(pointer(buffer), space, lead)
             spread_affine(pointer(table), C, c0, c1 - c0, L, columns)
             spread_block = c0
         column_grad_chunk(
-            io, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, lead, columns, relu,
+            io, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, lead, ahead, columns, relu,
             streaming, aligned_after(pointer(work), lead), space, partials, c0,
         )
     return keep_alive(work) + keep_alive(buffer)
@@ -170,9 +174,8 @@ def backward_elements_columns(
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, ahead)
     downs = (M + rows - 1) // rows
     space = room(block * L)
-    lead = grad_lead(io, C * L, block * L, streaming)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + 2 * LANES)
-    columns = columns_of(pointer(buffer), space, lead)
+    lead, columns = 0, columns_of(pointer(buffer), space, 0)
     in_runs = runs_on(io.bits, L)
     spread_block = -1
     for item in range(start, stop):
@@ -188,6 +191,8 @@ def backward_elements_columns(
             )
         else:
             if c0 != spread_block:
+                lead = grad_lead(io, C * L, k0, streaming)
+                columns = columns_of(pointer(buffer), space, lead)
                 spread_affine(pointer(table), C, c0, c1 - c0, L, columns)
                 spread_slopes(pointer(slopes), C, c0, c1, L, columns)
                 spread_block = c0
@@ -198,7 +203,7 @@ def backward_elements_columns(
 @kernel
 def backward_planes(
     grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks, group,
-    elements_ahead, table, sums, slopes, relu, streaming, start, stop,
+    ahead, elements_ahead, table, sums, slopes, relu, streaming, start, stop,
 ):
     """Training, channels start:stop: a group is summed, then differentiated while in cache."""
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, elements_ahead)
@@ -209,7 +214,7 @@ def backward_planes(
     row_bits = (L + LANES - 1) // LANES
     for c0 in range(start, stop, group):
         c1 = min(stop, c0 + group)
-        reach = reach_of(io.x, N, C * L, (c1 - c0) * L)
+        reach = reach_of(ahead, N, C * L, (c1 - c0) * L)
         for k in range(chunks):
             n0, l0 = chunk_of(k, rows, L, segment)
             plane_grad_chunk(
@@ -230,27 +235,28 @@ def backward_planes(
 
 @kernel
 def backward_columns(
-    grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, chunks, table, sums,
-    slopes, relu, streaming, start, stop,
+    grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, chunks, ahead, table,
+    sums, slopes, relu, streaming, start, stop,
 ):
     """Training, blocks of channels start:stop, summed, then differentiated while in cache."""
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, if_needed(block * L))
     reading = Backward(io.grad_output, io.x, io.bits, None, None, None)
-    space = room(block * L)
-    lead = grad_lead(io, C * L, block * L, streaming)
+    shift = shift_of(written(io), io.bits, C, L)
+    widest = block + shift
+    space = room(widest * L)
     work = np.empty(2 * space + 2 * LANES)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + 2 * LANES)
-    columns = columns_of(pointer(buffer), space, lead)
-    numbers = np.empty(chunks * BACKWARD_FIELDS * block)
-    partials = Partials(pointer(numbers), BACKWARD_FIELDS, block, chunks)
+    numbers = np.empty(chunks * BACKWARD_FIELDS * widest)
+    partials = Partials(pointer(numbers), BACKWARD_FIELDS, widest, chunks)
     for item in range(start, stop):
-        c0 = item * block
-        c1 = min(C, c0 + block)
+        c0, c1 = first_of(item, block, C, shift), first_of(item + 1, block, C, shift)
+        lead = grad_lead(io, C * L, c0 * L, streaming)
+        columns = columns_of(pointer(buffer), space, lead)
         spread_affine(pointer(table), C, c0, c1 - c0, L, columns)
         for k in range(chunks):
             column_grad_chunk(
-                reading, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, lead, columns, relu,
-                False, aligned_after(pointer(work), lead), space, partials, 0,
+                reading, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, lead, ahead, columns,
+                relu, False, aligned_after(pointer(work), lead), space, partials, 0,
             )
         for c in range(c0, c1, LANES):
             finish_backward(

@@ -26,11 +26,13 @@ from numbabn.cpu.normalization import (
     Forward,
     aligned_after,
     columns_of,
+    first_of,
     lead_of,
     normalize_rows,
     normalize_run,
     normalize_runs,
     runs_on,
+    shift_of,
     spread_affine,
 )
 from numbabn.cpu.options import inline, kernel
@@ -51,7 +53,7 @@ def forward_io(x, residual, bits, out, ahead):
 
 
 @kernel
-def stats_planes(x, N, C, L, rows, segment, group, numbers, start, stop):
+def stats_planes(x, N, C, L, rows, segment, group, ahead, numbers, start, stop):
     """Items start:stop of the grid (group of channels) × (chunk)."""
     to_x, partials = pointer(x), partials_of(numbers)
     work = np.empty(PLANE_WORK + LANES)
@@ -62,24 +64,24 @@ def stats_planes(x, N, C, L, rows, segment, group, numbers, start, stop):
         n0, l0 = chunk_of(k, rows, L, segment)
         plane_chunk(
             to_x, C, L, c0, c1, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment),
-            reach_of(to_x, N, C * L, (c1 - c0) * L), aligned(pointer(work)), partials, c0,
+            reach_of(ahead, N, C * L, (c1 - c0) * L), aligned(pointer(work)), partials, c0,
         )
     return keep_alive(work)
 
 
 @kernel
-def stats_columns(x, M, C, L, rows, block, numbers, start, stop):
+def stats_columns(x, M, C, L, rows, block, ahead, numbers, start, stop):
     """Items start:stop of the grid (block of channels) × (chunk of rows)."""
     partials = partials_of(numbers)
     space = room(block * L)
     work = np.empty(6 * space + 2 * LANES)
-    lead = lead_of(pointer(x), None, C * L, block * L, False)
     for item in range(start, stop):
         k = item % partials.chunks
         c0 = (item // partials.chunks) * block
+        lead = lead_of(pointer(x), None, C * L, c0 * L, False)
         column_chunk(
             pointer(x), C, L, k, k * rows, min(M, (k + 1) * rows), c0, min(C, c0 + block),
-            centers_from(pointer(x), M), lead, aligned_after(pointer(work), lead), space,
+            centers_from(pointer(x), M), lead, ahead, aligned_after(pointer(work), lead), space,
             partials, c0,
         )
     return keep_alive(work)
@@ -220,9 +222,8 @@ def normalize_columns(
     channels = channels_of(weight, bias, running_mean, running_var, 0.0, eps, own_table)
     downs = (M + rows - 1) // rows
     space = room(block * L)
-    lead = lead_of(io.out, io.bits, C * L, block * L, streaming)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + 2 * LANES)
-    columns = columns_of(pointer(buffer), space, lead)
+    lead, columns = 0, columns_of(pointer(buffer), space, 0)
     in_runs = runs_on(io.bits, L)
     columns_c0 = -1
     for item in range(start, stop):
@@ -231,6 +232,8 @@ def normalize_columns(
         m0 = (item % downs) * rows
         m1 = min(M, m0 + rows)
         if c0 != columns_c0:
+            lead = lead_of(io.out, io.bits, C * L, c0 * L, streaming)
+            columns = columns_of(pointer(buffer), space, lead)
             if not known:
                 for c in range(c0, c1, LANES):
                     finish_running(io.x, channels, c, lanes_at(c, c1), c - c0)
@@ -255,8 +258,8 @@ def normalize_columns(
 
 @kernel
 def forward_planes(
-    x, residual, bits, out, N, C, L, rows, segment, chunks, group, elements_ahead, weight, bias,
-    running_mean, running_var, momentum, eps, table, floor, streaming, start, stop,
+    x, residual, bits, out, N, C, L, rows, segment, chunks, group, ahead, elements_ahead, weight,
+    bias, running_mean, running_var, momentum, eps, table, floor, streaming, start, stop,
 ):
     """Training, channels start:stop: a group is summed, then normalized while it is in cache."""
     io = forward_io(x, residual, bits, out, elements_ahead)
@@ -267,7 +270,7 @@ def forward_planes(
     row_bits = (L + LANES - 1) // LANES
     for c0 in range(start, stop, group):
         c1 = min(stop, c0 + group)
-        reach = reach_of(io.x, N, C * L, (c1 - c0) * L)
+        reach = reach_of(ahead, N, C * L, (c1 - c0) * L)
         for k in range(chunks):
             n0, l0 = chunk_of(k, rows, L, segment)
             plane_chunk(
@@ -286,27 +289,28 @@ def forward_planes(
 
 @kernel
 def forward_columns(
-    x, residual, bits, out, M, C, L, rows, block, chunks, weight, bias, running_mean, running_var,
-    momentum, eps, table, floor, streaming, start, stop,
+    x, residual, bits, out, M, C, L, rows, block, chunks, ahead, weight, bias, running_mean,
+    running_var, momentum, eps, table, floor, streaming, start, stop,
 ):
     """Training, blocks of channels start:stop, each summed, then normalized while in cache."""
     io = forward_io(x, residual, bits, out, if_needed(block * L))
     channels = channels_of(weight, bias, running_mean, running_var, momentum, eps, table)
-    space = room(block * L)
-    x_lead = lead_of(io.x, None, C * L, block * L, False)
-    lead = lead_of(io.out, io.bits, C * L, block * L, streaming)
+    shift = shift_of(io.out, io.bits, C, L)
+    widest = block + shift
+    space = room(widest * L)
     work = np.empty(6 * space + 2 * LANES)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + 2 * LANES)
-    columns = columns_of(pointer(buffer), space, lead)
-    numbers = np.empty(chunks * FORWARD_FIELDS * block)
-    partials = Partials(pointer(numbers), FORWARD_FIELDS, block, chunks)
+    numbers = np.empty(chunks * FORWARD_FIELDS * widest)
+    partials = Partials(pointer(numbers), FORWARD_FIELDS, widest, chunks)
     for item in range(start, stop):
-        c0 = item * block
-        c1 = min(C, c0 + block)
+        c0, c1 = first_of(item, block, C, shift), first_of(item + 1, block, C, shift)
+        x_lead = lead_of(io.x, None, C * L, c0 * L, False)
+        lead = lead_of(io.out, io.bits, C * L, c0 * L, streaming)
+        columns = columns_of(pointer(buffer), space, lead)
         for k in range(chunks):
             column_chunk(
                 io.x, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, centers_from(io.x, M),
-                x_lead, aligned_after(pointer(work), x_lead), space, partials, 0,
+                x_lead, ahead, aligned_after(pointer(work), x_lead), space, partials, 0,
             )
         for c in range(c0, c1, LANES):
             finish_training(io.x, partials, channels, c - c0, c, lanes_at(c, c1))

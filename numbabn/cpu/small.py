@@ -219,7 +219,7 @@ def backward_planes(grad_output, x, out, same, training, table, sums, relu, size
     """The backward pass, if `out` lies apart from the rest; returns whether it does."""
     if not (apart_or_same(out, grad_output, same) and apart_or_same(out, x, False)):
         return False
-    N, C, L, rows, segment, chunks, group, _ = sizes
+    N, C, L, rows, segment, chunks, group, ahead, _ = sizes
     slopes = np.empty((SLOPE_ROWS, C))
     if training:
         serial.backward_planes(
@@ -228,8 +228,8 @@ def backward_planes(grad_output, x, out, same, training, table, sums, relu, size
     else:
         partials = np.empty((chunks, BACKWARD_FIELDS, C))
         serial.backward_sums_planes(
-            grad_output, x, None, out, None, *(N, C, L, rows, segment, group), table, partials,
-            relu, False, 0, (C + group - 1) // group * chunks,
+            grad_output, x, None, out, None, *(N, C, L, rows, segment, group, ahead), table,
+            partials, relu, False, 0, (C + group - 1) // group * chunks,
         )  # fmt: skip
         serial.finish_sums(x, partials, table, sums, slopes)
     return True
@@ -240,7 +240,7 @@ def backward_columns(grad_output, x, out, same, training, table, sums, relu, siz
     """The backward pass, if `out` lies apart from the rest; returns whether it does."""
     if not (apart_or_same(out, grad_output, same) and apart_or_same(out, x, False)):
         return False
-    M, C, L, rows, block, chunks = sizes
+    M, C, L, rows, block, chunks, ahead = sizes
     blocks = (C + block - 1) // block
     slopes = np.empty((SLOPE_ROWS, C))
     if training:
@@ -250,8 +250,8 @@ def backward_columns(grad_output, x, out, same, training, table, sums, relu, siz
     else:
         partials = np.empty((chunks, BACKWARD_FIELDS, C))
         serial.backward_sums_columns(
-            grad_output, x, None, out, None, *(M, C, L, rows, block), table, partials, relu, False,
-            0, blocks * chunks,
+            grad_output, x, None, out, None, *(M, C, L, rows, block, ahead), table, partials, relu,
+            False, 0, blocks * chunks,
         )  # fmt: skip
         serial.finish_sums(x, partials, table, sums, slopes)
     return True
