@@ -24,6 +24,7 @@ from numbabn.layout import View
 
 Array = NDArray[Any]
 
+_FLOAT32: np.dtype[Any] = np.dtype(np.float32)
 _FLOAT64: np.dtype[Any] = np.dtype(np.float64)
 
 # Stands for channels that are not given, in the type that goes with float32 and with float64 x.
@@ -125,21 +126,29 @@ def forward_train(
     return table
 
 
-def _backward_partials(
+def _backward_sums(
     grad_output: Array, x: Array, bits: Array | None, grad_input: Array | None,
-    grad_residual: Array | None, view: View, table: Array, relu: bool,
-) -> Array:  # fmt: skip
+    grad_residual: Array | None, view: View, table: Array, relu: bool, sums: Array | None,
+) -> Array | None:  # fmt: skip
+    """The sums of all chunks, shape ``(chunks, 3, C)``; None if each channel's are in `sums`."""
     view, times = narrow.widen(view)
     plan = schedule.plan_for(x, view)
+    own_type = _FLOAT64 if x.dtype == _FLOAT64 else _FLOAT32
+    finish = sums is not None and times == 1 and plan.finish_items > 0 and sums.dtype == own_type
+    sizes, items = plan.sums_sizes, plan.chunk_items
+    if finish:
+        sizes, items = plan.finish_sizes, plan.finish_items
+    else:
+        sums = np.empty((0, 0), own_type)
     partials = np.empty((plan.chunks, BACKWARD_FIELDS, view.C))
     written = [array for array in (grad_input, grad_residual) if array is not None]
     nbytes = x.nbytes * (2 + len(written))
     streaming = schedule.streams_while_summed(view, nbytes, bits is not None, *written)
     schedule.run(
-        "backward_sums_", plan, plan.chunk_items, grad_output, x, bits, grad_input,
-        grad_residual, *plan.sums_sizes, narrow.repeat(table, times), partials, relu, streaming,
+        "backward_sums_", plan, items, grad_output, x, bits, grad_input, grad_residual, *sizes,
+        narrow.repeat(table, times), partials, sums, finish, relu, streaming,
     )  # fmt: skip
-    return narrow.merge_sums(partials, times)
+    return None if finish else narrow.merge_sums(partials, times)
 
 
 def backward_eval(
@@ -153,9 +162,10 @@ def backward_eval(
     of the sums, float32 or float64.
     """
     arrays = (grad_output, x, bits, grad_input, grad_residual)
-    partials = _backward_partials(*arrays, view, table, relu)
-    sums, slopes = np.empty((2, view.C), dtype), np.empty((SLOPE_ROWS, view.C))
-    serial.finish_sums(x, partials, table, sums, slopes)
+    sums = np.empty((2, view.C), dtype)
+    partials = _backward_sums(*arrays, view, table, relu, sums)
+    if partials is not None:
+        serial.finish_sums(x, partials, table, sums, np.empty((SLOPE_ROWS, view.C)))
     return sums
 
 
@@ -186,7 +196,7 @@ def backward_train(
     sums, slopes = np.empty((2, view.C), dtype), np.empty((SLOPE_ROWS, view.C))
     plan = schedule.training_plan(x, view)
     if not plan.backward_by_channel:
-        partials = _backward_partials(grad_output, x, bits, None, None, view, table, relu)
+        partials = _backward_sums(grad_output, x, bits, None, None, view, table, relu, None)
         serial.finish_sums(x, partials, table, sums, slopes)
         backward_elements(*arrays, view, table, slopes, relu)
         return sums

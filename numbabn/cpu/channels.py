@@ -280,7 +280,7 @@ def finish_training(x, partials, channels, first, c, lanes):
 def finish_backward(x, partials, C, first, c, lanes, table, sums, slopes):
     """From the chunks of up to 16 channels, whose partials begin at `first`, to their results.
 
-    These are ``sums[:, c] = (dbias, dweight)`` and the columns of `slopes`. With
+    These are ``sums[:, c] = (dbias, dweight)`` and, if not None, the columns of `slopes`. With
     x̂ = (x - mean) * r and a = weight * r, Ioffe & Szegedy (2015) have
     ``dx = a * (dy - mean(dy) - x̂ * mean(dy * x̂))``.
     """
@@ -302,9 +302,10 @@ def finish_backward(x, partials, C, first, c, lanes, table, sums, slopes):
     sum_dy_xhat = sum_dy_xhat - finite(rest * sum_dy)
     write(sums, c, lanes, sum_dy)
     write(sums, C + c, lanes, sum_dy_xhat)
-    per_value = splat64(1.0 / count_all(partials, first))
-    mean_dy, mean_dy_xhat = sum_dy * per_value, sum_dy_xhat * per_value
-    fill_slopes(x, C, c, lanes, mean_dy, mean_dy_xhat, table, slopes)
+    if slopes is not None:
+        per_value = splat64(1.0 / count_all(partials, first))
+        mean_dy, mean_dy_xhat = sum_dy * per_value, sum_dy_xhat * per_value
+        fill_slopes(x, C, c, lanes, mean_dy, mean_dy_xhat, table, slopes)
 
 
 @inline

@@ -22,7 +22,7 @@ from numbabn.cpu.gradients import (
     read_pair,
     sum_part,
 )
-from numbabn.cpu.memory import load, offset, put, store, values_in
+from numbabn.cpu.memory import follows_sequences, load, offset, put, store, values_in
 from numbabn.cpu.normalization import Columns, affine_at, lead_of
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reduction_columns import fold_all, rows_ahead, spread
@@ -126,7 +126,7 @@ def add_row(io, i, bit, lead, width, columns, relu, streaming, sums, products):
 def add_four(g0, h0, g1, h1, g2, h2, g3, h3):
     """Four vectors' sums of g and of ``g * h``."""
     even, odd = fma(g2, h2, g0 * h0), fma(g3, h3, g1 * h1)
-    return (g0 + g1) + (g2 + g3), even + odd
+    return (g0 + g2) + (g1 + g3), even + odd
 
 
 @function
@@ -174,8 +174,62 @@ def add_four_rows(io, i, K, bit, row_bits, lead, width, columns, relu, streaming
         add_four_ends(io, i, K, bit, row_bits, j, width - j, columns, relu, sums, products)
 
 
+@inline
+def take_vector(io, i, j, bit, columns, relu, streaming):
+    """The 16 lanes of g and of xhat at columns j:j+16 of a row; stores what eval mode knows."""
+    affine = affine_at(columns, j)
+    g, xmu = read_pair(io, i + j, bit, affine, relu)
+    put_pair(io, i + j, LANES, g, xmu, affine, None, streaming)
+    return g, xmu * affine.unit
+
+
 @function
-def sum_rows(io, K, m0, m1, k0, lead, width, columns, relu, streaming, sums, products):
+def add_rows_in_turn(
+    io, i, K, bit, row_bits, lead, width, columns, relu, streaming, sums, products, few
+):
+    """`add_four_rows` one row after the other, in the order of memory, to the same bits.
+
+    What the even and the odd rows come to is in L1 meanwhile, in `few`: four numbers per column.
+    """
+    if lead > 0:
+        add_four_ends(io, i, K, bit, row_bits, 0, lead, columns, relu, sums, products)
+    whole = width - (width - lead) % LANES
+    step = (width + LANES - 1) // LANES * LANES
+    odd, even_products, odd_products = (
+        offset(few, step),
+        offset(few, 2 * step),
+        offset(few, 3 * step),
+    )
+    for row in range(2):
+        total, product = offset(few, row * step), offset(few, (2 + row) * step)
+        b = bit + row * row_bits
+        for j in range(lead, whole, LANES):
+            g, h = take_vector(io, i + row * K, j, b, columns, relu, streaming)
+            store(total, j, g)
+            store(product, j, g * h)
+            b += 1
+    b = bit + 2 * row_bits
+    for j in range(lead, whole, LANES):
+        g, h = take_vector(io, i + 2 * K, j, b, columns, relu, streaming)
+        store(few, j, load(few, j) + g)
+        store(even_products, j, fma(g, h, load(even_products, j)))
+        b += 1
+    b = bit + 3 * row_bits
+    for j in range(lead, whole, LANES):
+        g, h = take_vector(io, i + 3 * K, j, b, columns, relu, streaming)
+        total = load(few, j) + (load(odd, j) + g)
+        product = load(even_products, j) + fma(g, h, load(odd_products, j))
+        add_to(sums, products, j, total, product)
+        b += 1
+    if whole < width:
+        b = bit + (whole - lead) // LANES
+        add_four_ends(io, i, K, b, row_bits, whole, width - whole, columns, relu, sums, products)
+
+
+@function
+def sum_rows(
+    io, K, m0, m1, k0, lead, width, in_turn, columns, relu, streaming, sums, products, few
+):
     """Per column of k0:k0+width, add g and ``g * (x - MEAN) * UNIT`` of rows m0:m1.
 
     Stores what eval mode knows. `lead` of the columns come before the first boundary of 64 bytes.
@@ -185,58 +239,80 @@ def sum_rows(io, K, m0, m1, k0, lead, width, columns, relu, streaming, sums, pro
     while m < m1:
         i = m * K + k0
         bit = m * row_bits + k0 // LANES
-        if m + 4 <= m1:
+        if m + 4 > m1:
+            add_row(io, i, bit, lead, width, columns, relu, streaming, sums, products)
+            m += 1
+        elif in_turn:
+            add_rows_in_turn(
+                io, i, K, bit, row_bits, lead, width, columns, relu, streaming, sums, products, few
+            )
+            m += 4
+        else:
             add_four_rows(
                 io, i, K, bit, row_bits, lead, width, columns, relu, streaming, sums, products
             )
             m += 4
-        else:
-            add_row(io, i, bit, lead, width, columns, relu, streaming, sums, products)
-            m += 1
 
 
 # Elements of rows that are summed before they are streamed: x and g of them stay in L1.
 PIECE = 2048
+# Columns of whole rows from memory that are gone through one row after the other, and bytes of rows
+# for which hints are of no use then, where the processor follows sequences.
+MOST_IN_TURN = 512
+SHORT_ROW = 256
 # Bytes between lines that are in each other's way before they are full, or multiples of these.
 RIVALS = 2048
 
 
 @function
 def column_grad_sums(
-    io, K, m0, m1, k0, lead, width, ahead, columns, relu, streaming, sums, products
+    io, K, m0, m1, k0, lead, width, ahead, columns, relu, streaming, sums, products, few
 ):
-    """The same, past the caches if `streaming`.
+    """The same, past the caches if `streaming`; `ahead` is not 0 where x and g come from memory.
 
-    Where rows are such that their lines are rivals, what is written is written in the order of
-    memory, after a few rows were summed: four rows at once take twice as long there, and 0.75 to
-    0.9 of the time elsewhere (measured, of 1024 and 2048 columns and of 64 to 768).
+    Where several rows at once are slow, and rows are long enough that their lines are rivals, what
+    is written is written in the order of memory, after a few rows were summed.
     """
-    io = read_ahead(io, rows_ahead(ahead, width, 4) * K)
     lead = min(lead, width)
-    if not (streaming and K % values_in(io.x, RIVALS) == 0):
-        sum_rows(io, K, m0, m1, k0, lead, width, columns, relu, streaming, sums, products)
+    in_turn = ahead != 0 and width == K and K <= MOST_IN_TURN
+    if not in_turn:
+        ahead = rows_ahead(ahead, width, 4) * K
+    elif follows_sequences() and values_in(io.x, SHORT_ROW) >= K:
+        ahead = 0
+    io = read_ahead(io, ahead)
+    if in_turn or not (streaming and K % values_in(io.x, RIVALS) == 0):
+        sum_rows(
+            io, K, m0, m1, k0, lead, width, in_turn, columns, relu, streaming, sums, products, few
+        )
     else:
         reading = Backward(io.grad_output, io.x, io.bits, None, None, io.ahead)
         writing, known = read_ahead(io, None), without_slopes(columns)
         rows = 4 * max(1, PIECE // (4 * width))
         for m in range(m0, m1, rows):
             end = min(m1, m + rows)
-            sum_rows(reading, K, m, end, k0, lead, width, columns, relu, False, sums, products)
+            sum_rows(
+                reading, K, m, end, k0, lead, width, False, columns, relu, False, sums, products,
+                few,
+            )  # fmt: skip
             gradient_rows(writing, K, m, end, k0, lead, width, known, relu, True)
 
 
 @function
 def column_grad_chunk(
-    io, C, L, k, m0, m1, c0, c1, lead, ahead, columns, relu, streaming, work, space, partials, at
-):
-    """Sums of rows m0:m1 of channels c0:c1, into chunk k of `partials`, from place `at` on."""
+    io, C, L, k, m0, m1, c0, c1, lead, ahead, columns, relu, streaming, work, few, space, partials,
+    at,
+):  # fmt: skip
+    """Sums of rows m0:m1 of channels c0:c1, into chunk k of `partials`, from place `at` on.
+
+    `work` and `few` are scratch: two and four times `space` numbers.
+    """
     sums, products = work, offset(work, space)
     K, k0, width = C * L, c0 * L, (c1 - c0) * L
     for j in range(0, width, LANES):
         store(sums, j, splat64(0.0))
         store(products, j, splat64(0.0))
     column_grad_sums(
-        io, K, m0, m1, k0, lead, width, ahead, columns, relu, streaming, sums, products
+        io, K, m0, m1, k0, lead, width, ahead, columns, relu, streaming, sums, products, few
     )
     fold_all(sums, c1 - c0, L)
     fold_all(products, c1 - c0, L)

@@ -277,6 +277,17 @@ def _if_needed(ahead):
     return lambda ahead: ahead
 
 
+def follows_sequences() -> bool:
+    """Whether that is such a processor."""
+    raise NotImplementedError("for use in @njit code only")
+
+
+@overload(follows_sequences)
+def _follows() -> Any:
+    answer = _follows_sequences()
+    return lambda: answer
+
+
 @intrinsic
 def prefetch(typingctx: Any, source: Any, index: Any) -> Any:
     """Ask for the cache lines of ``source[index : index + 16]``, if they begin on a boundary.

@@ -92,12 +92,12 @@ def forward_columns(
 @parallel_kernel
 def backward_sums_planes(
     grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, group, ahead, table,
-    partials, relu, streaming, items, parts,
+    partials, sums, finish, relu, streaming, items, parts,
 ):
     for part in prange(parts):
         serial.backward_sums_planes(
             grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, group, ahead,
-            table, partials, relu, streaming, share(items, parts, part),
+            table, partials, sums, finish, relu, streaming, share(items, parts, part),
             share(items, parts, part + 1),
         )
 
@@ -105,12 +105,13 @@ def backward_sums_planes(
 @parallel_kernel
 def backward_sums_columns(
     grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, ahead, table, partials,
-    relu, streaming, items, parts,
+    sums, finish, relu, streaming, items, parts,
 ):
     for part in prange(parts):
         serial.backward_sums_columns(
             grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, ahead, table,
-            partials, relu, streaming, share(items, parts, part), share(items, parts, part + 1),
+            partials, sums, finish, relu, streaming, share(items, parts, part),
+            share(items, parts, part + 1),
         )
 
 

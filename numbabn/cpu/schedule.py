@@ -112,6 +112,8 @@ class Plan(NamedTuple):
     stats_sizes: tuple[int, ...]
     sums_sizes: tuple[int, ...]
     chunk_items: int
+    finish_sizes: tuple[int, ...]  # of the backward sums, all of a channel by one thread
+    finish_items: int  # 0 where that is not the way
     forward_sizes: tuple[int, ...]
     forward_items: int
     backward_sizes: tuple[int, ...]
@@ -143,6 +145,7 @@ def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
     # done once per channel is then done for up to 16 at once, and their rows lie in sequence.
     group = min(16, max(1, caches().l2 // 4 // (N * L * itemsize)))
     few = min(16, max(1, C * chunks // (4 * threads)))  # but every thread should have items
+    alone = min(16, max(1, C // (4 * threads)))
     # A channel's second look finds it in cache; but every thread should have channels to do.
     by_channel = threads == 1 or 4 * threads <= C or C % threads == 0
     nbytes = N * C * L * itemsize
@@ -155,6 +158,8 @@ def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
         (N, C, L, rows, segment, few, ahead),
         (N, C, L, rows, segment, few, back),
         -(-C // few) * chunks,
+        (N, C, L, rows, segment, alone, back),
+        -(-C // alone) if by_channel else 0,
         (*channel_sizes, ahead, _ahead(L, N * L * itemsize) if ahead else 0),
         C,
         (*channel_sizes, back, _ahead(L, 2 * N * L * itemsize) if back else 0),
@@ -214,6 +219,8 @@ def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
         (M, C, L, rows, block, ahead),
         (M, C, L, rows, block, back),
         chunks * -(-C // block),
+        (M, C, L, rows, backward, back),
+        -(-C // backward) if backward else 0,
         (M, C, L, rows, forward, chunks, ahead),
         -(-C // forward) if forward else 0,
         (M, C, L, rows, backward, chunks, back),

@@ -58,13 +58,17 @@ def backward_io(grad_output, x, bits, grad_input, grad_residual, ahead):
 @kernel
 def backward_sums_planes(
     grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, group, ahead, table,
-    numbers, relu, streaming, start, stop,
+    numbers, sums, finish, relu, streaming, start, stop,
 ):
-    """Items start:stop of (group of channels) × (chunk); in eval mode, with the input gradient."""
+    """Items start:stop of (group of channels) × (chunk); in eval mode, with the input gradient.
+
+    To `finish` an item is a group of channels, which comes to its results in `sums`.
+    """
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, None)
     partials = partials_of(numbers)
     work = np.empty(PLANE_WORK + LANES)
-    for item in range(start, stop):
+    each = partials.chunks if finish else 1
+    for item in range(start * each, stop * each):
         k = item % partials.chunks
         c0 = (item // partials.chunks) * group
         c1 = min(C, c0 + group)
@@ -74,25 +78,32 @@ def backward_sums_planes(
             l0, min(L, l0 + segment), pointer(table), relu, streaming, aligned(pointer(work)),
             partials, c0,
         )
+        if finish and k == partials.chunks - 1:
+            finish_backward(
+                io.x, partials, C, c0, c0, c1 - c0, pointer(table), pointer(sums), None
+            )
     return keep_alive(work)
 
 
 @kernel
 def backward_sums_columns(
     grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, ahead, table, numbers,
-    relu, streaming, start, stop,
+    sums, finish, relu, streaming, start, stop,
 ):
-    """Items start:stop of the grid (block of channels) × (chunk of rows); see planes."""
+    """Items start:stop of the grid (chunk of rows) × (block of channels); see planes."""
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, None)
     partials = partials_of(numbers)
     space = room(block * L)
     work = np.empty(2 * space + 2 * LANES)
+    few = empty_like_computed(io.x, 4 * space + 2 * LANES)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + 2 * LANES)
     lead, columns = 0, columns_of(pointer(buffer), space, 0)
     spread_block = -1
-    for item in range(start, stop):
-        k = item % partials.chunks
-        c0 = (item // partials.chunks) * block
+    blocks = (C + block - 1) // block
+    each = partials.chunks if finish else 1
+    for item in range(start * each, stop * each):
+        k = item % each if finish else item // blocks
+        c0 = (item // each if finish else item % blocks) * block
         c1 = min(C, c0 + block)
         if c0 != spread_block:
             lead = grad_lead(io, C * L, c0 * L, streaming)
@@ -101,9 +112,15 @@ def backward_sums_columns(
             spread_block = c0
         column_grad_chunk(
             io, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, lead, ahead, columns, relu,
-            streaming, aligned_after(pointer(work), lead), space, partials, c0,
+            streaming, aligned_after(pointer(work), lead), aligned_after(pointer(few), lead),
+            space, partials, c0,
         )
-    return keep_alive(work) + keep_alive(buffer)
+        if finish and k == partials.chunks - 1:
+            for c in range(c0, c1, LANES):
+                finish_backward(
+                    io.x, partials, C, c, c, lanes_at(c, c1), pointer(table), pointer(sums), None
+                )
+    return keep_alive(work) + keep_alive(few) + keep_alive(buffer)
 
 
 @kernel
@@ -245,6 +262,7 @@ def backward_columns(
     widest = block + shift
     space = room(widest * L)
     work = np.empty(2 * space + 2 * LANES)
+    few = empty_like_computed(io.x, 4 * space + 2 * LANES)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + 2 * LANES)
     numbers = np.empty(chunks * BACKWARD_FIELDS * widest)
     partials = Partials(pointer(numbers), BACKWARD_FIELDS, widest, chunks)
@@ -256,7 +274,8 @@ def backward_columns(
         for k in range(chunks):
             column_grad_chunk(
                 reading, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, lead, ahead, columns,
-                relu, False, aligned_after(pointer(work), lead), space, partials, 0,
+                relu, False, aligned_after(pointer(work), lead),
+                aligned_after(pointer(few), lead), space, partials, 0,
             )
         for c in range(c0, c1, LANES):
             finish_backward(
@@ -272,4 +291,4 @@ def backward_columns(
         else:
             spread_slopes(pointer(slopes), C, c0, c1, L, columns)
             gradient_rows(io, C * L, 0, M, k0, lead, width, columns, relu, streaming)
-    return keep_alive(work) + keep_alive(buffer) + keep_alive(numbers)
+    return keep_alive(work) + keep_alive(few) + keep_alive(buffer) + keep_alive(numbers)

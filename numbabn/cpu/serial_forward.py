@@ -71,13 +71,14 @@ def stats_planes(x, N, C, L, rows, segment, group, ahead, numbers, start, stop):
 
 @kernel
 def stats_columns(x, M, C, L, rows, block, ahead, numbers, start, stop):
-    """Items start:stop of the grid (block of channels) × (chunk of rows)."""
+    """Items start:stop of the grid (chunk of rows) × (block of channels)."""
     partials = partials_of(numbers)
     space = room(block * L)
     work = np.empty(6 * space + 2 * LANES)
+    blocks = (C + block - 1) // block
     for item in range(start, stop):
-        k = item % partials.chunks
-        c0 = (item // partials.chunks) * block
+        k = item // blocks
+        c0 = (item % blocks) * block
         lead = lead_of(pointer(x), None, C * L, c0 * L, False)
         column_chunk(
             pointer(x), C, L, k, k * rows, min(M, (k + 1) * rows), c0, min(C, c0 + block),
@@ -226,7 +227,9 @@ def normalize_columns(
     lead, columns = 0, columns_of(pointer(buffer), space, 0)
     in_runs = runs_on(io.bits, L)
     columns_c0 = -1
-    for item in range(start, stop):
+    for turn in range(start, stop):
+        # What was summed last is still in cache.
+        item = turn
         c0 = (item // downs) * block
         c1 = min(C, c0 + block)
         m0 = (item % downs) * rows

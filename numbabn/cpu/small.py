@@ -229,9 +229,8 @@ def backward_planes(grad_output, x, out, same, training, table, sums, relu, size
         partials = np.empty((chunks, BACKWARD_FIELDS, C))
         serial.backward_sums_planes(
             grad_output, x, None, out, None, *(N, C, L, rows, segment, group, ahead), table,
-            partials, relu, False, 0, (C + group - 1) // group * chunks,
+            partials, sums, True, relu, False, 0, (C + group - 1) // group,
         )  # fmt: skip
-        serial.finish_sums(x, partials, table, sums, slopes)
     return True
 
 
@@ -250,8 +249,7 @@ def backward_columns(grad_output, x, out, same, training, table, sums, relu, siz
     else:
         partials = np.empty((chunks, BACKWARD_FIELDS, C))
         serial.backward_sums_columns(
-            grad_output, x, None, out, None, *(M, C, L, rows, block, ahead), table, partials, relu,
-            False, 0, blocks * chunks,
+            grad_output, x, None, out, None, *(M, C, L, rows, block, ahead), table, partials, sums,
+            True, relu, False, 0, blocks,
         )  # fmt: skip
-        serial.finish_sums(x, partials, table, sums, slopes)
     return True
