@@ -298,11 +298,29 @@ def matches(out: Any, x: Array) -> bool:
     )
 
 
+def _owner(array: Array) -> Array | None:
+    """The array that owns the memory of this one, if that is known."""
+    base = array.base
+    if base is None:
+        return array
+    return base if type(base) is np.ndarray and base.base is None else None
+
+
+def _is_another(array: Array, owner: Array) -> bool:
+    """Whether the array's memory surely is not that of `owner`."""
+    own = _owner(array)
+    return own is not None and own is not owner
+
+
 def lies_apart(out: Array, x: Array, same: bool, others: list[Array]) -> bool:
     """Whether `out` shares no memory with the others, nor with x, unless it is the `same`.
 
     All are dense, and the others at most four.
     """
+    owner = _owner(out)
+    if owner is not None and (same or _is_another(x, owner)):
+        if all([_is_another(array, owner) for array in others]):
+            return True
     if out.itemsize == 2:  # a kernel more would cost more than this does
         return (same or not np.may_share_memory(out, x)) and not any(
             np.may_share_memory(out, other) for other in others

@@ -7,7 +7,7 @@ from support import DTYPES, assert_close, check_backward, problem, same_bits
 
 import numbabn
 from numbabn import calls, cpu
-from numbabn.cpu import narrow
+from numbabn.cpu import narrow, schedule
 from numbabn.layout import View
 
 # Rows that make whole vectors, or cannot, a prime number of rows, and columns of more than one.
@@ -29,6 +29,7 @@ def small_too(monkeypatch):
 
     def forget():
         narrow.rows_as_one.cache_clear()
+        schedule.forget_plans()
         calls._known.clear()
 
     monkeypatch.setattr(narrow, "NARROW_FROM", 0)

@@ -64,7 +64,7 @@ def results(shape, axis, dtype, past, options):
 def plans_of_its_own():
     """Forget plans that were made for other caches than the machine's."""
     yield
-    schedule.plan.cache_clear()
+    schedule.forget_plans()
 
 
 @pytest.mark.parametrize("options", [{}, {"activation": "relu", "skip": True}], ids=["", "skip"])
@@ -80,7 +80,7 @@ def test_outputs_that_begin_anywhere(monkeypatch, case, dtype, options):
         ordinary, streamed = [], []
         for limit, found in ((1 << 60, ordinary), (0, streamed)):
             monkeypatch.setattr(schedule, "_last_cache", lambda limit=limit: limit)
-            schedule.plan.cache_clear()
+            schedule.forget_plans()
             found += results(shape, axis, dtype, past, dict(options))
         first = first or ordinary
         for a, b, c in zip(first, ordinary, streamed, strict=True):

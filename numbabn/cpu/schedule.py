@@ -362,12 +362,24 @@ def plan_for(x: Array, view: View) -> Plan:
 
 def training_plan(x: Array, view: View) -> Plan:
     """The plan for training on x."""
-    found = plan_for(x, view)
+    return _training_plan(view, x.itemsize, threads_for(x.size))
+
+
+@cache
+def _training_plan(view: View, itemsize: int, threads: int) -> Plan:
+    found = plan(view, itemsize, threads)
     if narrow.rows_as_one(view) > 1:  # sums of repeated channels have to be merged first
         return found._replace(forward_by_channel=False, backward_by_channel=False)
-    if found.threads > 1 and x.size < MEETING_FROM and not found.backward_by_channel:
-        return plan(view, x.itemsize, 1)
+    meeting = threads > 1 and not found.backward_by_channel
+    if meeting and view.C * view.per_channel < MEETING_FROM:
+        return plan(view, itemsize, 1)
     return found
+
+
+def forget_plans() -> None:
+    """Make all plans anew, after what they follow from has changed."""
+    plan.cache_clear()
+    _training_plan.cache_clear()
 
 
 def run(name: str, plan: Plan, items: int, *arguments: Any) -> None:
