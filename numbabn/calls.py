@@ -319,7 +319,10 @@ def lies_apart(out: Array, x: Array, same: bool, others: list[Array]) -> bool:
     """
     owner = _owner(out)
     if owner is not None and (same or _is_another(x, owner)):
-        if all([_is_another(array, owner) for array in others]):
+        for array in others:
+            if not _is_another(array, owner):
+                break
+        else:
             return True
     if out.itemsize == 2:  # a kernel more would cost more than this does
         return (same or not np.may_share_memory(out, x)) and not any(

@@ -220,7 +220,7 @@ def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
         (M, C, L, rows, block, back),
         chunks * -(-C // block),
         (M, C, L, rows, backward, back),
-        -(-C // backward) if backward else 0,
+        -(-C // backward) if backward >= block else 0,  # else it pays less than whole rows do
         (M, C, L, rows, forward, chunks, ahead),
         -(-C // forward) if forward else 0,
         (M, C, L, rows, backward, chunks, back),

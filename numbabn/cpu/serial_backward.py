@@ -93,7 +93,8 @@ def backward_sums_columns(
     """Items start:stop of the grid (chunk of rows) × (block of channels); see planes."""
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, None)
     partials = partials_of(numbers)
-    space = room(block * L)
+    shift = shift_of(written(io), io.bits, C, L) if finish else 0
+    space = room((block + shift) * L)
     work = np.empty(2 * space + 2 * LANES)
     few = empty_like_computed(io.x, 4 * space + 2 * LANES)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + 2 * LANES)
@@ -103,8 +104,8 @@ def backward_sums_columns(
     each = partials.chunks if finish else 1
     for item in range(start * each, stop * each):
         k = item % each if finish else item // blocks
-        c0 = (item // each if finish else item % blocks) * block
-        c1 = min(C, c0 + block)
+        b = item // each if finish else item % blocks
+        c0, c1 = first_of(b, block, C, shift), first_of(b + 1, block, C, shift)
         if c0 != spread_block:
             lead = grad_lead(io, C * L, c0 * L, streaming)
             columns = columns_of(pointer(buffer), space, lead)
