@@ -41,9 +41,9 @@ def config() -> dict[str, object]:
     import numba
 
     import numbabn
-    from numbabn.cpu import schedule
+    from numbabn.cpu.caches import caches
 
-    caches = schedule.caches()
+    found = caches()
     return {
         "numbabn": version("numbabn"),
         "python": platform.python_version(),
@@ -53,9 +53,9 @@ def config() -> dict[str, object]:
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count() or 0,
-        "l2_cache": caches.l2,
-        "last_level_cache": caches.last,
-        "last_level_cache_shared_by": caches.last_shared_by,
+        "l2_cache": found.l2,
+        "last_level_cache": found.last,
+        "last_level_cache_shared_by": found.last_shared_by,
         "threads": numbabn.get_num_threads(),
         "max_threads": int(numba.config.NUMBA_NUM_THREADS),
         "threading_layer": _threading_layer(),

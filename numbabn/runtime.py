@@ -112,14 +112,14 @@ _LAYOUTS = ("planes", "columns")
 def _shapes(kind: str, threads: int) -> tuple[tuple[int, ...], ...]:
     """One shape for each way in which `schedule` may go about planes or columns.
 
-    Small arrays for one thread; and for several, few channels, which are summed all at once, and
-    many, each of which is finished before the next is begun.
+    Small arrays for one thread; and for several, few channels, which are summed all at once (very
+    few, several rows as one), and many, each of which is finished before the next is begun.
     """
     from numbabn.cpu import schedule
 
     large = max(schedule.PARALLEL_FROM.values())
     if kind == "columns":
-        return (4, 4), (large // 4, 4), (8, large // 8)
+        return (4, 4), (large // 4, 4), (large // 64, 64), (8, large // 8)
     L = layout.SHORT_PLANE  # the least that counts as planes
     return (2, 2, L), (1, 1, large), (2, 4 * threads, max(L, large // (8 * threads)))
 

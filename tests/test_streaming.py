@@ -9,7 +9,7 @@ from support import as_dtype, same_bits
 
 import numbabn
 from numbabn import layout
-from numbabn.cpu import schedule, serial
+from numbabn.cpu import caches, schedule, serial
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 # Planes that are columns to sums (4×4, 5×5), planes that are summed in pairs of rows and a last row
@@ -79,7 +79,7 @@ def test_outputs_that_begin_anywhere(monkeypatch, case, dtype, options):
     for past in sorted({0, 1, 5, 16 // dtype.itemsize, 40 // dtype.itemsize}):
         ordinary, streamed = [], []
         for limit, found in ((1 << 60, ordinary), (0, streamed)):
-            monkeypatch.setattr(schedule, "_last_cache", lambda limit=limit: limit)
+            monkeypatch.setattr(caches, "_last_cache", lambda limit=limit: limit)
             schedule.forget_plans()
             found += results(shape, axis, dtype, past, dict(options))
         first = first or ordinary

@@ -111,14 +111,22 @@ def forward_train(
     """Normalize with the batch's own statistics; returns the table."""
     table = np.empty((TABLE_ROWS, view.C))
     channels = (weight, bias, running_mean, running_var, momentum, eps, table)
-    plan = schedule.training_plan(x, view)
-    if not plan.forward_by_channel:
-        serial.finish_stats(x, batch_stats(x, view), *channels)
-        normalize(x, residual, bits, out, view, table, relu)
-        return table
+    plan = schedule.training_plan(x, view, forward=True)
     floor = 0.0 if relu else -np.inf
     nbytes = x.nbytes * (2 if residual is None else 3)
     streaming = schedule.streams(view, nbytes, bits is not None, out)
+    if not plan.forward_by_channel:
+        if not plan.repeats:
+            partials = np.empty((plan.chunks, FORWARD_FIELDS, view.C))
+            sizes = (*plan.stats_sizes, *plan.element_sizes[-2:])
+            arrays = (x, residual, bits, out)
+            if schedule.run_meeting(
+                "forward_meeting_", plan, *arrays, *sizes, *channels, partials, floor, streaming
+            ):
+                return table
+        serial.finish_stats(x, batch_stats(x, view), *channels)
+        normalize(x, residual, bits, out, view, table, relu)
+        return table
     schedule.run(
         "forward_", plan, plan.forward_items, x, residual, bits, out,
         *plan.forward_sizes, *channels, floor, streaming,
@@ -194,15 +202,21 @@ def backward_train(
     """Training's input gradient and ``sums = (dbias, dweight)``, shape (2, C)."""
     arrays = (grad_output, x, bits, grad_input, grad_residual)
     sums, slopes = np.empty((2, view.C), dtype), np.empty((SLOPE_ROWS, view.C))
-    plan = schedule.training_plan(x, view)
+    plan = schedule.training_plan(x, view, forward=False)
+    written = (grad_input,) if grad_residual is None else (grad_input, grad_residual)
+    nbytes = x.nbytes * (2 + len(written))
+    streaming = schedule.streams(view, nbytes, bits is not None, *written)
     if not plan.backward_by_channel:
+        if not plan.repeats:
+            numbers = np.empty((plan.chunks, BACKWARD_FIELDS, view.C))
+            sizes = (*plan.sums_sizes, *plan.element_sizes[-2:])
+            rest = (table, numbers, sums, slopes, relu, streaming)
+            if schedule.run_meeting("backward_meeting_", plan, *arrays, *sizes, *rest):
+                return sums
         partials = _backward_sums(grad_output, x, bits, None, None, view, table, relu, None)
         serial.finish_sums(x, partials, table, sums, slopes)
         backward_elements(*arrays, view, table, slopes, relu)
         return sums
-    written = (grad_input,) if grad_residual is None else (grad_input, grad_residual)
-    nbytes = x.nbytes * (2 + len(written))
-    streaming = schedule.streams(view, nbytes, bits is not None, *written)
     schedule.run(
         "backward_", plan, plan.backward_items, *arrays, *plan.backward_sizes, table,
         sums, slopes, relu, streaming,

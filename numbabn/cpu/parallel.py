@@ -163,3 +163,48 @@ def backward_columns(
             table, sums, slopes, relu, streaming, share(items, parts, part),
             share(items, parts, part + 1),
         )
+
+
+# --- both passes of training in one ---------------------------------------------------------------
+
+# The threads meet between the sums and the elements, and one of them does what is done per channel.
+
+
+@parallel_kernel
+def forward_meeting_columns(
+    x, residual, bits, out, M, C, L, rows, block, ahead, tall, wide, weight, bias, running_mean,
+    running_var, momentum, eps, table, partials, floor, streaming, chunk_items, items, parts,
+):
+    for part in prange(parts):
+        serial.stats_columns(
+            x, M, C, L, rows, block, ahead, partials, share(chunk_items, parts, part),
+            share(chunk_items, parts, part + 1),
+        )
+    serial.finish_stats(
+        x, partials, weight, bias, running_mean, running_var, momentum, eps, table
+    )
+    none = weight[:0]
+    for part in prange(parts):
+        serial.normalize_columns(
+            x, residual, bits, out, M, C, L, tall, wide, none, none, none, none, eps, table, floor,
+            streaming, share(items, parts, part), share(items, parts, part + 1),
+        )
+
+
+@parallel_kernel
+def backward_meeting_columns(
+    grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, ahead, tall, wide,
+    table, partials, sums, slopes, relu, streaming, chunk_items, items, parts,
+):
+    for part in prange(parts):
+        serial.backward_sums_columns(
+            grad_output, x, bits, None, None, M, C, L, rows, block, ahead, table, partials, sums,
+            False, relu, False, share(chunk_items, parts, part),
+            share(chunk_items, parts, part + 1),
+        )
+    serial.finish_sums(x, partials, table, sums, slopes)
+    for part in prange(parts):
+        serial.backward_elements_columns(
+            grad_output, x, bits, grad_input, grad_residual, M, C, L, tall, wide, table, slopes,
+            relu, streaming, share(items, parts, part), share(items, parts, part + 1),
+        )
