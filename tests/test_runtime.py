@@ -245,8 +245,8 @@ def test_command_shows_progress_on_a_terminal(cache, tmp_path, tqdm):
         os.close(ours)
         os.close(theirs)
     assert b"kernels are ready" in done.stdout
-    counts = [int(n) for n in re.findall(r"(\d+)/12", shown)]
+    counts = [int(n) for n in re.findall(r"(\d+)/16", shown)]
     assert counts == sorted(counts)
-    assert counts[-1] == 12
+    assert counts[-1] == 16
     assert ("%|" in shown) == tqdm
     assert "float32, columns: training" in shown

@@ -35,10 +35,12 @@ from numbabn.cpu.vector import (
     halve_8,
     halve_16,
     is_double,
+    narrow_like,
     round_like,
     splat64,
     splat_like,
     sum_lanes,
+    where_finite,
     widen,
 )
 
@@ -180,11 +182,10 @@ def add_planes(x, i, K, L, channels, lane, centers, ahead, fresh, work):
                 ask_planes(x, i, K, ahead)
                 # Added up apart from what there is, so that lanes can be told apart, and so at
                 # the end, which is the same to the last bit.
-                part, part_squares = add_vector(x, i, K, center, zero, zero)
+                mixed = blend(rest, center, splat_like(x, centers[j + 1]))
+                part, part_squares = add_vector(x, i, K, mixed, zero, zero)
                 few = few + blend(rest, part, zero)
                 few_squares = few_squares + blend(rest, part_squares, zero)
-                following = splat_like(x, centers[j + 1])
-                part, part_squares = add_vector(x, i, K, following, zero, zero)
                 next_few = blend(rest, zero, part)
                 next_squares = blend(rest, zero, part_squares)
                 i += LANES
@@ -261,9 +262,17 @@ def center_of(x, i):
 
     Planes are as long as that. It is rounded to the type that `x` is computed with.
     """
-    mean = scalar(x, i) if is_double(x) else sum_lanes(widen(load(x, i))) * (1.0 / LANES)
+    mean = scalar(x, i) if is_double(x) else sum_lanes(load(x, i)) * (1.0 / LANES)
     mean = np.float64(round_like(x, mean))
     return mean if np.isfinite(mean) else 0.0
+
+
+@inline
+def centers_of(x, i, L):
+    """`center_of` 16 planes that follow each other, of values that are not float64."""
+    mean = widen(sum_sixteen(offset(x, i), L)) * splat64(1.0 / LANES)
+    mean = widen(narrow_like(x, mean))
+    return where_finite(mean, mean, splat64(0.0))
 
 
 @function
@@ -274,8 +283,11 @@ def plane_chunk(x, C, L, c0, c1, k, n0, n1, l0, l1, reach, work, partials, at):
     """
     centers = offset(work, 2 * LANES * LANES)
     count = np.float64((n1 - n0) * (l1 - l0))
-    for c in range(c0, c1):
-        centers[c - c0] = center_of(x, c * L)
+    if c1 - c0 == LANES and not is_double(x):
+        store(centers, 0, centers_of(x, c0 * L, L))
+    else:
+        for c in range(c0, c1):
+            centers[c - c0] = center_of(x, c * L)
     plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work)
     if is_double(x):
         for j in range(c1 - c0):

@@ -31,9 +31,10 @@ CHUNK = 1 << 15
 CHUNK_FLOAT64 = 1 << 13
 # Likewise the most rows of columns in a chunk, as long as chunks are not too many.
 CHUNK_ROWS = 256
-# Columns of other dtypes are cut into chunks of about this many values of all channels, or CHUNK
-# values of a block: each chunk of each channel has to be merged.
+# Columns of other dtypes are cut into chunks of about this many values of all channels, or so many
+# of a block: each chunk of each channel costs as much as some more rows, and has to be merged.
 CHUNK_COLUMNS = 1 << 17
+CHUNK_BLOCK = 1 << 16
 # All chunks together make at most about this many entries of 32 bytes.
 MOST_CHUNKS = 1 << 14
 # Bytes of a channel of which two arrays fit any L2 twice.
@@ -144,7 +145,7 @@ def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
     if itemsize == 8:
         rows = min(CHUNK_ROWS, CHUNK_FLOAT64 // (block * L))
     else:
-        rows = max(min(CHUNK_COLUMNS // (C * L), -(-M // 8)), CHUNK // (block * L))
+        rows = max(min(CHUNK_COLUMNS // (C * L), -(-M // 8)), CHUNK_BLOCK // (block * L))
     # A power of two of them, so that threads get equal shares.
     chunks = 1 << (-(-M // min(M, max(8, rows))) - 1).bit_length()
     while chunks > most:
@@ -198,11 +199,12 @@ def _channel_block(M: int, C: int, L: int, itemsize: int, threads: int, arrays: 
     widest = min(columns // L, caches().l2 // 2 // (M * column * arrays))
     if threads == 1 and widest >= C:
         return C
-    for shares in (1, 2, 4, 8, 16):  # of each thread: one, if that makes equal ones
-        block = -(-C // (shares * threads))
+    shares = [-(-C // (n * threads)) for n in (1, 2, 4)]  # of each thread: one, or a few
+    for block in (*shares, widest - 15):
         block += -block % 16  # so that rows of `bits` start on a number
-        equal = -(-C // block) % threads == 0 or shares >= 4
-        if block <= widest and equal and block * column >= min(piece, C * column):
+        blocks = -(-C // block) if block > 0 else 0
+        even = blocks > 0 and (blocks % threads == 0 or blocks >= 4 * threads)
+        if even and block <= widest and block * column >= min(piece, C * column):
             return block
     return 0
 
