@@ -111,26 +111,24 @@ def keep_sums(work, j, total, squares):
 def add_vector(x, i, K, center, few, few_squares):
     """Add 16 lanes of ``x - center``, and of the next row where K is not None, to the two sums."""
     d = load(x, i) - center
-    few = few + d
     few_squares = fma(d, d, few_squares)
-    if K is not None:
-        d = load(x, i + K) - center
-        few = few + d
-        few_squares = fma(d, d, few_squares)
-    return few, few_squares
+    if K is not None:  # these two first: chains of roundings are shorter so
+        next_d = load(x, i + K) - center
+        few_squares = fma(next_d, next_d, few_squares)
+        d = d + next_d
+    return few + d, few_squares
 
 
 @inline
 def add_part(x, i, K, count, center, few, few_squares):
     """The same for fewer than 16 lanes."""
     d = load_first(x, i, count, center) - center
-    few = few + d
     few_squares = fma(d, d, few_squares)
     if K is not None:
-        d = load_first(x, i + K, count, center) - center
-        few = few + d
-        few_squares = fma(d, d, few_squares)
-    return few, few_squares
+        next_d = load_first(x, i + K, count, center) - center
+        few_squares = fma(next_d, next_d, few_squares)
+        d = d + next_d
+    return few + d, few_squares
 
 
 @inline

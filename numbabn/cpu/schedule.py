@@ -49,6 +49,9 @@ SHORTEST_PIECE_IN_CACHE = 1 << 10
 # rows come from a cache, which brings more of them than memory does.
 COLUMNS = 1024
 COLUMNS_IN_CACHE = 512
+# Likewise of elementwise work, which needs less to be known, and fares better with whole rows (2048
+# columns in 0.7 to 0.9 of the time that halves of them take, eval forward).
+COLUMNS_WRITTEN = 4096
 
 
 class Plan(NamedTuple):
@@ -153,7 +156,7 @@ def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
     rows = -(-M // chunks)
     chunks = -(-M // rows)
     # An item of elementwise work reads its block's parameters once, so it should be tall.
-    wide = block
+    wide = min(C, max(16, COLUMNS_WRITTEN // L // 16 * 16))
     downs = min(max(1, -(-4 * threads // -(-C // wide))), max(1, M // 8))
     tall = -(-M // downs)
     # The chunks' rows are settled; narrower blocks of columns give more threads something to do.
