@@ -282,8 +282,9 @@ def _are_apart(a: Any, b: Any) -> bool:
     """Whether two arrays, or None, share no memory."""
     if a is None or b is None:
         return True
-    if a.base is None and b.base is None:  # each owns its memory
-        return a is not b
+    owner = _owner(a)
+    if owner is not None and _is_another(b, owner):
+        return True
     return not np.may_share_memory(a, b)
 
 
@@ -300,10 +301,10 @@ def matches(out: Any, x: Array) -> bool:
 
 def _owner(array: Array) -> Array | None:
     """The array that owns the memory of this one, if that is known."""
-    base = array.base
-    if base is None:
+    if array.flags.owndata:  # no base is not enough: memory may be somebody else's all the same
         return array
-    return base if type(base) is np.ndarray and base.base is None else None
+    base = array.base
+    return base if type(base) is np.ndarray and base.flags.owndata else None
 
 
 def _is_another(array: Array, owner: Array) -> bool:

@@ -158,3 +158,14 @@ def test_eval_is_normalize_with_folded_statistics():
     expected, _ = reference.batch_norm_forward(*p.arrays, training=False)
     assert_close(numbabn.normalize(p.x, scale, shift), expected, channel_axis=1)
     assert same_bits(p.x, problem((4, 3, 9, 7), "float64", training=False).x)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e30, 6e37])
+@pytest.mark.parametrize("C", [16, 33])
+def test_values_that_are_alike_and_large(C, scale):
+    # Sixteen of the largest are beyond float32's range, and so is the square of any but the first.
+    noise = np.random.default_rng(0).standard_normal((2, C, 7, 7))
+    x = (scale * (1 + 1e-6 * noise)).astype(np.float32)
+    found = numbabn.batch_norm_stats(x)
+    exact = x.astype(np.float64).var(axis=(0, 2, 3)) * 98
+    np.testing.assert_allclose(found.m2, exact, rtol=1e-6)

@@ -27,6 +27,7 @@ SHAPES = {
     "odd channels last": ((30, 40, 37), -1),
     "long rows": ((9, 5, 1056), -1),
     "rival rows": ((9, 5, 1024), -1),
+    "rows in turn": ((9, 8, 512), -1),
 }
 
 

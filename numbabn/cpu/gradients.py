@@ -20,7 +20,7 @@ from numbabn.cpu.vector import LANES, fma, keep, positive_bits, splat_like
 
 
 class Backward(NamedTuple):
-    """Pointers to what the backward pass reads and writes; the last three may be None.
+    """Pointers to what the backward pass reads and writes; all but the first two may be None.
 
     Each vector of x and grad_output is read together with a hint that those `ahead` elements on
     will be, unless that is None or 0.

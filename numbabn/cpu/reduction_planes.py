@@ -36,6 +36,7 @@ from numbabn.cpu.vector import (
     halve_16,
     is_double,
     narrow_like,
+    positive_bits,
     round_like,
     splat64,
     splat_like,
@@ -260,17 +261,22 @@ def center_of(x, i):
 
     Planes are as long as that. It is rounded to the type that `x` is computed with.
     """
-    mean = scalar(x, i) if is_double(x) else sum_lanes(load(x, i)) * (1.0 / LANES)
+    mean = scalar(x, i) if is_double(x) else np.float64(sum_lanes(load(x, i))) * (1.0 / LANES)
+    if not (is_double(x) or np.isfinite(mean)):  # their sum may be too large, and they not
+        mean = sum_lanes(widen(load(x, i))) * (1.0 / LANES)
     mean = np.float64(round_like(x, mean))
     return mean if np.isfinite(mean) else 0.0
 
 
 @inline
-def centers_of(x, i, L):
+def put_centers(x, i, L, centers):
     """`center_of` 16 planes that follow each other, of values that are not float64."""
     mean = widen(sum_sixteen(offset(x, i), L)) * splat64(1.0 / LANES)
-    mean = widen(narrow_like(x, mean))
-    return where_finite(mean, mean, splat64(0.0))
+    store(centers, 0, widen(narrow_like(x, mean)))
+    finite = positive_bits(where_finite(mean, splat64(1.0), splat64(0.0)))
+    if not all_lanes(finite, LANES):
+        for j in range(LANES):
+            centers[j] = center_of(x, i + j * L)
 
 
 @function
@@ -282,7 +288,7 @@ def plane_chunk(x, C, L, c0, c1, k, n0, n1, l0, l1, reach, work, partials, at):
     centers = offset(work, 2 * LANES * LANES)
     count = np.float64((n1 - n0) * (l1 - l0))
     if c1 - c0 == LANES and not is_double(x):
-        store(centers, 0, centers_of(x, c0 * L, L))
+        put_centers(x, c0 * L, L, centers)
     else:
         for c in range(c0, c1):
             centers[c - c0] = center_of(x, c * L)

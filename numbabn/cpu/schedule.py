@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numba
@@ -58,9 +58,10 @@ class Plan(NamedTuple):
     """How the kernels for one view, dtype and number of threads are called.
 
     `sizes` are the arguments between the arrays of elements and the arrays of channels, and
-    `items` what there is to share out, each for three ways of going through the data: by `chunk`
-    (sums), by `channel` (a channel, or block of them, is finished before the next is begun), and
-    by `element` (elementwise, in the order of memory where that matters).
+    `items` what there is to share out, for each way of going through the data: by chunk (`stats`
+    and backward `sums`), by channel (a channel, or block of them, is finished before the next is
+    begun: `forward`, `backward`, and `finish` for the backward sums alone), and by `element`
+    (elementwise, in the order of memory where that matters).
     """
 
     name: str  # "planes" or "columns": how the kernels' names end
@@ -82,7 +83,7 @@ class Plan(NamedTuple):
     repeats: bool = False  # rows are taken as one, see `narrow`
 
 
-@cache
+@lru_cache(4096)
 def plan(view: View, itemsize: int, threads: int) -> Plan:
     """The plan for arrays that lie like `view`; the chunks follow from view and dtype alone."""
     return (_plan_columns if view.columns else _plan_planes)(view, itemsize, threads)
@@ -157,10 +158,7 @@ def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
         chunks //= 2
     rows = -(-M // chunks)
     chunks = -(-M // rows)
-    # An item of elementwise work reads its block's parameters once, so it should be tall.
-    wide = min(C, max(16, COLUMNS_WRITTEN // L // 16 * 16))
-    downs = min(max(1, -(-4 * threads // -(-C // wide))), max(1, M // 8))
-    tall = -(-M // downs)
+    tall, wide = _tile(M, C, L, threads)
     # The chunks' rows are settled; narrower blocks of columns give more threads something to do.
     # But they are fetched less well, and equal shares of the rows need none.
     nbytes = M * C * L * itemsize
@@ -190,6 +188,22 @@ def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
         forward > 0,
         backward > 0,
     )
+
+
+def _tile(M: int, C: int, L: int, threads: int) -> tuple[int, int]:
+    """Rows and channels of an item of elementwise work.
+
+    It reads what is known of its channels once, so it should be tall; and wide, unless threads
+    would have unequal shares, or none.
+    """
+    for columns in (COLUMNS_WRITTEN, COLUMNS, COLUMNS_IN_CACHE):
+        wide = min(C, max(16, columns // L // 16 * 16))
+        blocks = -(-C // wide)
+        tall = -(-M // min(max(1, -(-4 * threads // blocks)), max(1, M // 8)))
+        items = blocks * -(-M // tall)
+        if items % threads == 0 or items >= 4 * threads:
+            break
+    return tall, wide
 
 
 def _channel_block(M: int, C: int, L: int, itemsize: int, threads: int, arrays: int) -> int:
@@ -231,7 +245,7 @@ def streams(view: View, nbytes: int, aligned_rows: bool, *written: Array) -> boo
 
 
 def streams_while_summed(view: View, nbytes: int, aligned_rows: bool, *written: Array) -> bool:
-    """`streams`, for what is stored in the pass that sums: several rows of columns at a time.
+    """`streams`, for what is stored in the pass that sums: often several rows of columns at a time.
 
     These have to lie alike, and short ones are not worth beginning in the middle of a vector.
     """
@@ -315,7 +329,7 @@ def training_plan(x: Array, view: View, forward: bool) -> Plan:
     return _training_plan(view, x.itemsize, threads_for(x.size), forward)
 
 
-@cache
+@lru_cache(4096)
 def _training_plan(view: View, itemsize: int, threads: int, forward: bool) -> Plan:
     found = plan(view, itemsize, threads)
     if narrow.rows_as_one(view) > 1:  # sums of repeated channels have to be merged first

@@ -227,9 +227,7 @@ def normalize_columns(
     lead, columns = 0, columns_of(pointer(buffer), space, 0)
     in_runs = runs_on(io.bits, L)
     columns_c0 = -1
-    for turn in range(start, stop):
-        # What was summed last is still in cache.
-        item = turn
+    for item in range(start, stop):
         c0 = (item // downs) * block
         c1 = min(C, c0 + block)
         m0 = (item % downs) * rows

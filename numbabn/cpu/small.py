@@ -114,7 +114,7 @@ def _eval_small_overload(
             return False
         table = np.empty((0, 0))
         if L < SHORTEST_PLANE or (N > 1 and L < SHORT_PLANE):
-            block = max(16, schedule.COLUMNS_WRITTEN // L // 16 * 16)
+            block = min(C, max(16, schedule.COLUMNS_WRITTEN // L // 16 * 16))
             serial.normalize_columns(
                 x, None, None, out, *(N, C, L, N, block), weight, bias, running_mean, running_var,
                 eps, table, floor, False, 0, (C + block - 1) // block,
