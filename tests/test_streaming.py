@@ -17,17 +17,17 @@ DTYPES = ["float32", "float64", "float16", "bfloat16"]
 # whole vectors and not; long rows, of one block of columns and a short one; rows 2 KiB or
 # a multiple apart, which are summed before they are stored (`gradient_columns.RIVALS`).
 SHAPES = {
-    "4x4": ((64, 40, 4, 4), 1),
-    "5x5": ((40, 48, 5, 5), 1),
-    "7x7": ((31, 40, 7, 7), 1),
-    "16x17": ((16, 9, 16, 17), 1),
-    "16x16": ((16, 9, 16, 16), 1),
-    "chunks": ((2, 3, 7001), 1),
-    "channels last": ((30, 40, 48), -1),
-    "odd channels last": ((30, 40, 37), -1),
-    "long rows": ((9, 5, 1056), -1),
-    "rival rows": ((9, 5, 1024), -1),
-    "rows in turn": ((9, 8, 512), -1),
+    "4x4": ((104, 40, 4, 4), 1),
+    "5x5": ((56, 48, 5, 5), 1),
+    "7x7": ((35, 40, 7, 7), 1),
+    "16x17": ((28, 9, 16, 17), 1),
+    "16x16": ((29, 9, 16, 16), 1),
+    "chunks": ((4, 3, 7001), 1),
+    "channels last": ((35, 40, 48), -1),
+    "odd channels last": ((45, 40, 37), -1),
+    "long rows": ((13, 5, 1056), -1),
+    "rival rows": ((13, 5, 1024), -1),
+    "rows in turn": ((13, 11, 512), -1),
 }
 
 

@@ -111,7 +111,7 @@ def forward_train(
     """Normalize with the batch's own statistics; returns the table."""
     table = np.empty((TABLE_ROWS, view.C))
     channels = (weight, bias, running_mean, running_var, momentum, eps, table)
-    plan = schedule.training_plan(x, view, forward=True)
+    plan = schedule.training_plan(x, view)
     floor = 0.0 if relu else -np.inf
     nbytes = x.nbytes * (2 if residual is None else 3)
     streaming = schedule.streams(view, nbytes, bits is not None, out)
@@ -202,7 +202,7 @@ def backward_train(
     """Training's input gradient and ``sums = (dbias, dweight)``, shape (2, C)."""
     arrays = (grad_output, x, bits, grad_input, grad_residual)
     sums, slopes = np.empty((2, view.C), dtype), np.empty((SLOPE_ROWS, view.C))
-    plan = schedule.training_plan(x, view, forward=False)
+    plan = schedule.training_plan(x, view)
     written = (grad_input,) if grad_residual is None else (grad_input, grad_residual)
     nbytes = x.nbytes * (2 + len(written))
     streaming = schedule.streams(view, nbytes, bits is not None, *written)

@@ -263,8 +263,9 @@ def streams_while_summed(view: View, nbytes: int, aligned_rows: bool, *written: 
 # --- threads --------------------------------------------------------------------------------
 
 # Values under which a second thread does not pay, per threading layer. An OpenMP or TBB region
-# costs 2 to 3 µs; workqueue's costs 100 µs.
-PARALLEL_FROM = {"omp": 1 << 15, "tbb": 1 << 15, "workqueue": 1 << 19}
+# costs 2 to 3 µs, and a small array's one kernel spares as much again (measured on two cores:
+# 50,000 values take 0.65 to 0.97 of the time in one); workqueue's costs 100 µs.
+PARALLEL_FROM = {"omp": 1 << 16, "tbb": 1 << 16, "workqueue": 1 << 19}
 
 
 class _Process:
@@ -315,29 +316,21 @@ def threads_for(size: int) -> int:
     return threads if size >= PARALLEL_FROM.get(_layer(), PARALLEL_FROM["omp"]) else 1
 
 
-# Values under which, forwards, several threads that have to meet between the sums and the elements
-# lose to one that need not (measured: 13.7 instead of 12.7 us for 50,000 on two cores).
-MEETING_FROM = 1 << 16
-
-
 def plan_for(x: Array, view: View) -> Plan:
     """The plan for going through x once."""
     return plan(view, x.itemsize, threads_for(x.size))
 
 
-def training_plan(x: Array, view: View, forward: bool) -> Plan:
+def training_plan(x: Array, view: View) -> Plan:
     """The plan for training on x."""
-    return _training_plan(view, x.itemsize, threads_for(x.size), forward)
+    return _training_plan(view, x.itemsize, threads_for(x.size))
 
 
 @lru_cache(4096)
-def _training_plan(view: View, itemsize: int, threads: int, forward: bool) -> Plan:
+def _training_plan(view: View, itemsize: int, threads: int) -> Plan:
     found = plan(view, itemsize, threads)
     if narrow.rows_as_one(view) > 1:  # sums of repeated channels have to be merged first
         return found._replace(forward_by_channel=False, backward_by_channel=False, repeats=True)
-    meeting = forward and threads > 1 and not found.forward_by_channel
-    if meeting and view.C * view.per_channel < MEETING_FROM:
-        return plan(view, itemsize, 1)
     return found
 
 
