@@ -270,8 +270,9 @@ def column_grad_sums(
 ):
     """The same, past the caches if `streaming`; `ahead` is not 0 where x and g come from memory.
 
-    Where several rows at once are slow, and rows are long enough that their lines are rivals, what
-    is written is written in the order of memory, after a few rows were summed.
+    Memory likes to be read and written in one sequence. So whole rows from there, of up to
+    `MOST_IN_TURN` columns, are gone through in turn; of others, whose lines are rivals, what is
+    written comes row after row when a few were summed.
     """
     lead = min(lead, width)
     in_turn = ahead != 0 and width == K and K <= MOST_IN_TURN

@@ -220,8 +220,8 @@ def backward_planes(grad_output, x, out, same, training, table, sums, relu, size
     if not (apart_or_same(out, grad_output, same) and apart_or_same(out, x, False)):
         return False
     N, C, L, rows, segment, chunks, group, ahead, _ = sizes
-    slopes = np.empty((SLOPE_ROWS, C))
     if training:
+        slopes = np.empty((SLOPE_ROWS, C))
         serial.backward_planes(
             grad_output, x, None, out, None, *sizes, table, sums, slopes, relu, False, 0, C
         )
@@ -241,8 +241,8 @@ def backward_columns(grad_output, x, out, same, training, table, sums, relu, siz
         return False
     M, C, L, rows, block, chunks, ahead = sizes
     blocks = (C + block - 1) // block
-    slopes = np.empty((SLOPE_ROWS, C))
     if training:
+        slopes = np.empty((SLOPE_ROWS, C))
         serial.backward_columns(
             grad_output, x, None, out, None, *sizes, table, sums, slopes, relu, False, 0, blocks
         )
