@@ -108,10 +108,7 @@ def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
     # A channel's second look finds it in cache; but every thread should have channels to do.
     by_channel = threads == 1 or 4 * threads <= C or C % threads == 0
     nbytes = N * C * L * itemsize
-    # Pieces of rows need hints sooner than what is read in sequence, as arrays that would fit the
-    # last cache are not always there (measured, of 6.4 and 12.8 MB in 32: training takes 1.3 to 1.6
-    # times as long without them then, and 0.95 to 1.1 where they are).
-    ahead, back = (AHEAD // itemsize if in_memory(n * nbytes * 8 // 3) else 0 for n in (2, 3))
+    ahead, back = _hints(nbytes, itemsize)
     channel_sizes = (N, C, L, rows, segment, chunks, group)
     return Plan(
         "planes",
@@ -131,6 +128,18 @@ def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
         by_channel,
         by_channel,
     )
+
+
+def _hints(nbytes: int, itemsize: int) -> tuple[int, int]:
+    """How many elements ahead to fetch x of so many bytes, in the forward and the backward pass.
+
+    0 for what is surely in cache. Hints are needed long before arrays outgrow the last cache, as
+    others fill it too, on a virtual machine always (measured, 6.4 MB each on a cache of 32:
+    training and the backward sums take 1.2 to 1.9 times as long without them where that is so, and
+    0.95 to 1.1 where it is not).
+    """
+    forward, backward = (AHEAD // itemsize if in_memory(n * nbytes * 8 // 3) else 0 for n in (2, 3))
+    return forward, backward
 
 
 def _ahead(L: int, channel_bytes: int) -> int:
@@ -163,7 +172,7 @@ def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
     # The chunks' rows are settled; narrower blocks of columns give more threads something to do.
     # But they are fetched less well, and equal shares of the rows need none.
     nbytes = M * C * L * itemsize
-    ahead, back = (AHEAD // itemsize if in_memory(n * nbytes) else 0 for n in (2, 3))
+    ahead, back = _hints(nbytes, itemsize)
     if not ahead:
         block = min(block, max(16, COLUMNS_IN_CACHE // L // 16 * 16))
     short = 0 if chunks % threads == 0 else 4 * threads
