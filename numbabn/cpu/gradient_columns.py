@@ -25,9 +25,9 @@ from numbabn.cpu.gradients import (
 from numbabn.cpu.memory import follows_sequences, load, offset, put, store, values_in
 from numbabn.cpu.normalization import Columns, affine_at, lead_of
 from numbabn.cpu.options import function, inline
-from numbabn.cpu.reduction_columns import fold_all, rows_ahead, spread
+from numbabn.cpu.reduction_columns import STRIP, fold_all, rows_ahead, spread
 from numbabn.cpu.runs import along_columns
-from numbabn.cpu.vector import LANES, blend, fma, splat64, splat_like, widen
+from numbabn.cpu.vector import LANES, blend, fma, splat64, widen
 
 
 @function
@@ -91,87 +91,95 @@ gradient_rows = along_columns(numbers_at, gradient_head, gradient_end, read, wri
 
 
 @inline
-def add_to(sums, products, j, total, product):
-    """Add to the running sums of columns j:j+16."""
-    store(sums, j, load(sums, j) + widen(total))
-    store(products, j, load(products, j) + widen(product))
-
-
-@function
-def add_end(io, i, bit, j, count, columns, relu, sums, products):
-    """Add columns j:j+count of a row, fewer than 16, to the running sums, and store them."""
-    g, xhat = sum_part(io, i + j, bit, count, affine_at(columns, j), relu)
-    zero = splat_like(io.x, 0.0)
-    add_to(sums, products, j, blend(count, g, zero), blend(count, g * xhat, zero))
-
-
-@function
-def add_row(io, i, bit, lead, width, columns, relu, streaming, sums, products):
-    """Add one row, which begins at x[i], to the running sums; stores what eval mode knows."""
-    if lead > 0:
-        add_end(io, i, bit, 0, lead, columns, relu, sums, products)
-    j = lead
-    while j + LANES <= width:
-        affine = affine_at(columns, j)
-        g, xmu = read_pair(io, i + j, bit, affine, relu)
-        put_pair(io, i + j, LANES, g, xmu, affine, None, streaming)
-        add_to(sums, products, j, g, g * (xmu * affine.unit))
-        j += LANES
-        bit += 1
-    if j < width:
-        add_end(io, i, bit, j, width - j, columns, relu, sums, products)
-
-
-@inline
 def add_four(g0, h0, g1, h1, g2, h2, g3, h3):
     """Four vectors' sums of g and of ``g * h``."""
     even, odd = fma(g2, h2, g0 * h0), fma(g3, h3, g1 * h1)
     return (g0 + g2) + (g1 + g3), even + odd
 
 
-@function
-def add_four_ends(io, i, K, bit, row_bits, j, count, columns, relu, sums, products):
-    """Add columns j:j+count of four rows, fewer than 16, to the running sums, and store them.
-
-    In the order in which whole vectors are: which columns are in whole ones depends on addresses.
-    """
-    affine, zero = affine_at(columns, j), splat_like(io.x, 0.0)
-    i += j
-    g0, h0 = sum_part(io, i, bit, count, affine, relu)
-    g1, h1 = sum_part(io, i + K, bit + row_bits, count, affine, relu)
-    g2, h2 = sum_part(io, i + 2 * K, bit + 2 * row_bits, count, affine, relu)
-    g3, h3 = sum_part(io, i + 3 * K, bit + 3 * row_bits, count, affine, relu)
-    total, product = add_four(g0, h0, g1, h1, g2, h2, g3, h3)
-    add_to(sums, products, j, blend(count, total, zero), blend(count, product, zero))
-
-
-@function
-def add_four_rows(io, i, K, bit, row_bits, lead, width, columns, relu, streaming, sums, products):
-    """The same for four rows, so that the running sums of whole vectors are touched once for all.
+@inline
+def sum_four(io, i, K, bit, row_bits, count, affine, relu, streaming):
+    """`add_four` of `count` lanes of four rows, from i on; stores what eval mode knows.
 
     All are loaded before anything is stored: rows are often multiples of 4 KiB apart, and
     processors compare the last 12 bits of an address first.
     """
+    if count < LANES:
+        g0, h0 = sum_part(io, i, bit, count, affine, relu)
+        g1, h1 = sum_part(io, i + K, bit + row_bits, count, affine, relu)
+        g2, h2 = sum_part(io, i + 2 * K, bit + 2 * row_bits, count, affine, relu)
+        g3, h3 = sum_part(io, i + 3 * K, bit + 3 * row_bits, count, affine, relu)
+        return add_four(g0, h0, g1, h1, g2, h2, g3, h3)
+    g0, x0 = read_pair(io, i, bit, affine, relu)
+    g1, x1 = read_pair(io, i + K, bit + row_bits, affine, relu)
+    g2, x2 = read_pair(io, i + 2 * K, bit + 2 * row_bits, affine, relu)
+    g3, x3 = read_pair(io, i + 3 * K, bit + 3 * row_bits, affine, relu)
+    put_pair(io, i, LANES, g0, x0, affine, None, streaming)
+    put_pair(io, i + K, LANES, g1, x1, affine, None, streaming)
+    put_pair(io, i + 2 * K, LANES, g2, x2, affine, None, streaming)
+    put_pair(io, i + 3 * K, LANES, g3, x3, affine, None, streaming)
+    unit = affine.unit
+    return add_four(g0, x0 * unit, g1, x1 * unit, g2, x2 * unit, g3, x3 * unit)
+
+
+@inline
+def sum_one(io, i, bit, count, affine, relu, streaming):
+    """The same of one row."""
+    if count < LANES:
+        g, xhat = sum_part(io, i, bit, count, affine, relu)
+        return g, g * xhat
+    g, xmu = read_pair(io, i, bit, affine, relu)
+    put_pair(io, i, LANES, g, xmu, affine, None, streaming)
+    return g, g * (xmu * affine.unit)
+
+
+@inline
+def add_strip(io, i, K, bit, row_bits, rows, j, count, columns, relu, streaming, sums, products):
+    """Add `count` lanes of rows, from i on, to the running sums of columns j:j+16.
+
+    In the same order whatever the count: which columns are in whole vectors depends on addresses.
+    """
+    affine = affine_at(columns, j)
+    before, before_products = load(sums, j), load(products, j)
+    total, total_products = before, before_products
+    while rows >= 4:
+        four, four_products = sum_four(io, i, K, bit, row_bits, count, affine, relu, streaming)
+        total, total_products = total + widen(four), total_products + widen(four_products)
+        i += 4 * K
+        bit += 4 * row_bits
+        rows -= 4
+    while rows > 0:
+        one, product = sum_one(io, i, bit, count, affine, relu, streaming)
+        total, total_products = total + widen(one), total_products + widen(product)
+        i += K
+        bit += row_bits
+        rows -= 1
+    if count < LANES:
+        total = blend(count, total, before)
+        total_products = blend(count, total_products, before_products)
+    store(sums, j, total)
+    store(products, j, total_products)
+
+
+@function
+def add_strips(
+    io, i, K, bit, row_bits, rows, lead, width, columns, relu, streaming, sums, products
+):
+    """Add rows, the first from i on, to the running sums of `width` columns."""
     if lead > 0:
-        add_four_ends(io, i, K, bit, row_bits, 0, lead, columns, relu, sums, products)
+        add_strip(io, i, K, bit, row_bits, rows, 0, lead, columns, relu, streaming, sums, products)
     j = lead
     while j + LANES <= width:
-        affine = affine_at(columns, j)
-        g0, x0 = read_pair(io, i + j, bit, affine, relu)
-        g1, x1 = read_pair(io, i + j + K, bit + row_bits, affine, relu)
-        g2, x2 = read_pair(io, i + j + 2 * K, bit + 2 * row_bits, affine, relu)
-        g3, x3 = read_pair(io, i + j + 3 * K, bit + 3 * row_bits, affine, relu)
-        put_pair(io, i + j, LANES, g0, x0, affine, None, streaming)
-        put_pair(io, i + j + K, LANES, g1, x1, affine, None, streaming)
-        put_pair(io, i + j + 2 * K, LANES, g2, x2, affine, None, streaming)
-        put_pair(io, i + j + 3 * K, LANES, g3, x3, affine, None, streaming)
-        unit = affine.unit
-        total, product = add_four(g0, x0 * unit, g1, x1 * unit, g2, x2 * unit, g3, x3 * unit)
-        add_to(sums, products, j, total, product)
+        add_strip(
+            io, i + j, K, bit, row_bits, rows, j, LANES, columns, relu, streaming, sums, products
+        )
         j += LANES
         bit += 1
     if j < width:
-        add_four_ends(io, i, K, bit, row_bits, j, width - j, columns, relu, sums, products)
+        add_strip(
+            io, i + j, K, bit, row_bits, rows, j, width - j, columns, relu, streaming, sums,
+            products,
+        )  # fmt: skip
 
 
 @inline
@@ -187,12 +195,12 @@ def take_vector(io, i, j, bit, columns, relu, streaming):
 def add_rows_in_turn(
     io, i, K, bit, row_bits, lead, width, columns, relu, streaming, sums, products, few
 ):
-    """`add_four_rows` one row after the other, in the order of memory, to the same bits.
+    """`add_strips` of four rows, one after the other, in the order of memory, to the same bits.
 
     What the even and the odd rows come to is in L1 meanwhile, in `few`: four numbers per column.
     """
     if lead > 0:
-        add_four_ends(io, i, K, bit, row_bits, 0, lead, columns, relu, sums, products)
+        add_strip(io, i, K, bit, row_bits, 4, 0, lead, columns, relu, streaming, sums, products)
     whole = width - (width - lead) % LANES
     step = (width + LANES - 1) // LANES * LANES
     odd, even_products, odd_products = (
@@ -219,39 +227,42 @@ def add_rows_in_turn(
         g, h = take_vector(io, i + 3 * K, j, b, columns, relu, streaming)
         total = load(few, j) + (load(odd, j) + g)
         product = load(even_products, j) + fma(g, h, load(odd_products, j))
-        add_to(sums, products, j, total, product)
+        store(sums, j, load(sums, j) + widen(total))
+        store(products, j, load(products, j) + widen(product))
         b += 1
     if whole < width:
         b = bit + (whole - lead) // LANES
-        add_four_ends(io, i, K, b, row_bits, whole, width - whole, columns, relu, sums, products)
+        add_strip(
+            io, i + whole, K, b, row_bits, 4, whole, width - whole, columns, relu, streaming, sums,
+            products,
+        )  # fmt: skip
 
 
 @function
 def sum_rows(
-    io, K, m0, m1, k0, lead, width, in_turn, columns, relu, streaming, sums, products, few
+    io, K, m0, m1, k0, lead, width, in_turn, tall, columns, relu, streaming, sums, products, few
 ):
     """Per column of k0:k0+width, add g and ``g * (x - MEAN) * UNIT`` of rows m0:m1.
 
-    Stores what eval mode knows. `lead` of the columns come before the first boundary of 64 bytes.
+    Stores what eval mode knows. `lead` of the columns come before the first boundary of 64 bytes,
+    and `tall` rows make a strip, unless four at a time go `in_turn`.
     """
     row_bits = (K + LANES - 1) // LANES
     m = m0
     while m < m1:
         i = m * K + k0
         bit = m * row_bits + k0 // LANES
-        if m + 4 > m1:
-            add_row(io, i, bit, lead, width, columns, relu, streaming, sums, products)
-            m += 1
-        elif in_turn:
+        if in_turn and m + 4 <= m1:
             add_rows_in_turn(
                 io, i, K, bit, row_bits, lead, width, columns, relu, streaming, sums, products, few
             )
             m += 4
         else:
-            add_four_rows(
-                io, i, K, bit, row_bits, lead, width, columns, relu, streaming, sums, products
+            rows = min(tall, m1 - m)
+            add_strips(
+                io, i, K, bit, row_bits, rows, lead, width, columns, relu, streaming, sums, products
             )
-            m += 4
+            m += rows
 
 
 # Elements of rows that are summed before they are streamed: x and g of them stay in L1.
@@ -276,15 +287,18 @@ def column_grad_sums(
     """
     lead = min(lead, width)
     in_turn = ahead != 0 and width == K and K <= MOST_IN_TURN
+    rivals = K % values_in(io.x, RIVALS) == 0
+    tall = 4 if ahead != 0 else 8 if rivals else STRIP // 2
     if not in_turn:
         ahead = rows_ahead(ahead, width, 4) * K
     elif follows_sequences() and values_in(io.x, SHORT_ROW) >= K:
         ahead = 0
     io = read_ahead(io, ahead)
-    if in_turn or not (streaming and K % values_in(io.x, RIVALS) == 0):
+    if in_turn or not (streaming and rivals):
         sum_rows(
-            io, K, m0, m1, k0, lead, width, in_turn, columns, relu, streaming, sums, products, few
-        )
+            io, K, m0, m1, k0, lead, width, in_turn, tall, columns, relu, streaming, sums, products,
+            few,
+        )  # fmt: skip
     else:
         reading = Backward(io.grad_output, io.x, io.bits, None, None, io.ahead)
         writing, known = read_ahead(io, None), without_slopes(columns)
@@ -292,7 +306,7 @@ def column_grad_sums(
         for m in range(m0, m1, rows):
             end = min(m1, m + rows)
             sum_rows(
-                reading, K, m, end, k0, lead, width, False, columns, relu, False, sums, products,
+                reading, K, m, end, k0, lead, width, False, 4, columns, relu, False, sums, products,
                 few,
             )  # fmt: skip
             gradient_rows(writing, K, m, end, k0, lead, width, known, relu, True)
