@@ -156,21 +156,27 @@ def finite(correction):
     return where_finite(correction, correction, splat64(0.0))
 
 
-@function
+@inline
 def merge_chunks(x, partials, c, lanes):
-    """Count, and lanes: center, sum of ``x - center`` and m2 of channels, from chunks in order.
+    """Count, and lanes: center, sum of ``x - center`` and m2 of channels, from chunks in order."""
+    if partials.chunks == 1:
+        return (
+            count_of(partials, 0, c),
+            partial_at(partials, 0, CENTER, c, lanes),
+            partial_at(partials, 0, SUM, c, lanes),
+            partial_at(partials, 0, M2, c, lanes),
+        )
+    return merge_several(x, partials, c, lanes)
+
+
+@function
+def merge_several(x, partials, c, lanes):
+    """The same of more than one chunk.
 
     The pooled form of Chan, Golub & LeVeque (1979): first the common mean, then
     ``m2 = sum(m2_k + n_k * (mean_k - mean)**2)``, whose terms are all positive.
     """
     center = partial_at(partials, 0, CENTER, c, lanes)
-    if partials.chunks == 1:
-        return (
-            count_of(partials, 0, c),
-            center,
-            partial_at(partials, 0, SUM, c, lanes),
-            partial_at(partials, 0, M2, c, lanes),
-        )
     zero = splat64(0.0)
     count, total, m2 = count_all(partials, c), zero, zero
     if not is_double(x):  # all have one center, and float64 has precision to spare
@@ -262,13 +268,15 @@ def finish_training(x, partials, channels, first, c, lanes):
     Updates their running statistics, and fills their columns of the table.
     """
     count, center, total, m2 = merge_chunks(x, partials, first, lanes)
-    # Divisions and roots are most of what is done here.
+    # Divisions and roots are most of what is done here: float64 alone gets its last bit by one.
     per_value = splat64(1.0 / count)
     mean = fma(total, per_value, center)
     if channels.has_mean:
         update(channels.running_mean, c, lanes, channels.momentum, mean)
     if channels.has_var:
-        update(channels.running_var, c, lanes, channels.momentum, m2 / splat64(count - 1.0))
+        degrees = count - 1.0
+        unbiased = m2 / splat64(degrees) if is_double(x) else m2 * splat64(1.0 / degrees)
+        update(channels.running_var, c, lanes, channels.momentum, unbiased)
     invstd = inverse_root(fma(m2, per_value, splat64(channels.eps)))
     rounded, _ = round_mean(x, mean)
     # sum(x - rounded), so that nothing underflows even if all of x is subnormal.
