@@ -236,11 +236,19 @@ def small_eval(
     return y if done else None
 
 
+class Quick(NamedTuple):
+    """What `quick_forward` found: what is known of x, its channels, and whose memory these are."""
+
+    known: Known
+    channels: list[Array]
+    owned: bool  # each array of channels owns its memory
+
+
 def quick_forward(
     x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, training: Any,
     momentum: Any, eps: Any, channel_axis: Any, out: Any,
-) -> tuple[Known, list[Array]] | None:  # fmt: skip
-    """What is known of x, and its `Channels`, if there is nothing to convert.
+) -> Quick | None:  # fmt: skip
+    """What there is to know of a call if there is nothing to convert.
 
     Nor anything wrong, but that `out` may share memory with the others: see `lies_apart`.
     """
@@ -254,38 +262,32 @@ def quick_forward(
         return None
     # Anew each time: a dtype, a shape and a write flag can all change in place.
     dtype, shape = found.channels_dtype, found.channels_shape
-    given = (weight, bias, running_mean, running_var)
-    channels = []
-    for array in given:
+    channels, owned = [], True
+    for array in (weight, bias, running_mean, running_var):
         if array is None:
             channels.append(NOTHING[dtype])
         elif (
             type(array) is np.ndarray
             and array.dtype is dtype
             and array.shape == shape
-            and array.flags.carray
+            and (flags := array.flags).carray
         ):
             channels.append(array)
+            owned = owned and flags.owndata
         else:
             return None
     if training:
-        if found.view.per_channel == 1 or not _are_apart(running_mean, running_var):
+        if found.view.per_channel == 1:
             return None
+        if running_mean is not None and running_var is not None:
+            apart = owned or not np.may_share_memory(running_mean, running_var)
+            if running_mean is running_var or not apart:
+                return None
     elif running_mean is None or running_var is None:
         return None
     if out is not None and not matches(out, x):
         return None
-    return found, channels
-
-
-def _are_apart(a: Any, b: Any) -> bool:
-    """Whether two arrays, or None, share no memory."""
-    if a is None or b is None:
-        return True
-    owner = _owner(a)
-    if owner is not None and _is_another(b, owner):
-        return True
-    return not np.may_share_memory(a, b)
+    return Quick(found, channels, owned)
 
 
 def matches(out: Any, x: Array) -> bool:
@@ -313,15 +315,15 @@ def _is_another(array: Array, owner: Array) -> bool:
     return own is not None and own is not owner
 
 
-def lies_apart(out: Array, x: Array, same: bool, others: list[Array]) -> bool:
+def lies_apart(out: Array, x: Array, same: bool, others: list[Array], owned: bool = False) -> bool:
     """Whether `out` shares no memory with the others, nor with x, unless it is the `same`.
 
-    All are dense, and the others at most four.
+    All are dense, and the others at most four, each of which owns its memory if `owned`.
     """
     owner = _owner(out)
     if owner is not None and (same or _is_another(x, owner)):
         for array in others:
-            if not _is_another(array, owner):
+            if array is owner or not (owned or _is_another(array, owner)):
                 break
         else:
             return True

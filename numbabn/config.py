@@ -106,11 +106,11 @@ def _processor() -> str:
 
 def _threading_layer() -> str:
     """Numba's threading layer, or why no parallel kernel can run."""
-    from numbabn.cpu import schedule
+    from numbabn.cpu import launch
 
-    if schedule.process.serial_only:
+    if launch.process.serial_only:
         return "none: this process was forked from one that had run parallel kernels"
-    return schedule._layer()
+    return launch.layer()
 
 
 def _kernel_cache() -> str:

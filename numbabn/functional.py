@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from numbabn import checks, layout
 from numbabn.backends import cpu, device
 from numbabn.backward import Saved
-from numbabn.calls import Call, Known, check_forward, lies_apart, quick_forward, small_eval
+from numbabn.calls import Call, Quick, check_forward, lies_apart, quick_forward, small_eval
 from numbabn.layout import View
 
 Array = NDArray[Any]
@@ -64,10 +64,11 @@ def _forward(
 
 
 def _forward_known(
-    x: Array, known: Known, channels: list[Array], training: bool, momentum: float, eps: float,
-    relu: bool, out: Array | None, in_place: bool, keep: bool,
+    x: Array, quick: Quick, training: bool, momentum: float, eps: float, relu: bool,
+    out: Array | None, in_place: bool, keep: bool,
 ) -> tuple[Array, Array, Array | None] | None:  # fmt: skip
     """Result, x's memory and table of a call that `quick_forward` found; None if it is wrong."""
+    known, channels, owned = quick
     y = known.empty() if out is None else out
     same, small = in_place and out is x, known.small
     if small is not None:
@@ -78,7 +79,7 @@ def _forward_known(
             momentum, eps, table, 0.0 if relu else -math.inf, small.sizes,
         )  # fmt: skip
         return (y, flat, table) if done else None
-    if out is not None and not lies_apart(out, x, same, channels):
+    if out is not None and not lies_apart(out, x, same, channels, owned):
         return None
     flat, kept, _ = _forward(x, y, known.view, channels, training, momentum, eps, relu, keep=keep)
     return y, flat, kept
@@ -168,15 +169,12 @@ def batch_norm(
             )  # fmt: skip
             if y is not None:
                 return y
-        found = quick_forward(
+        quick = quick_forward(
             x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis, out
         )
-        if found is not None:
-            known, channels = found
-            done = _forward_known(
-                x, known, channels, training, momentum, eps, activation is not None, out, True,
-                False,
-            )  # fmt: skip
+        if quick is not None:
+            relu = activation is not None
+            done = _forward_known(x, quick, training, momentum, eps, relu, out, True, False)
             if done is not None:
                 return done[0]
     if checks.is_cuda(x):
@@ -252,15 +250,12 @@ def batch_norm_forward(
     (True, array([2.]), array([1.]))
     """
     if residual is None and stream is None and (activation is None or activation == "relu"):
-        found = quick_forward(
+        quick = quick_forward(
             x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis, out
         )
-        if found is not None:
-            known, channels = found
-            relu = activation is not None
-            done = _forward_known(
-                x, known, channels, training, momentum, eps, relu, out, False, True
-            )
+        if quick is not None:
+            known, relu = quick.known, activation is not None
+            done = _forward_known(x, quick, training, momentum, eps, relu, out, False, True)
             if done is not None:
                 y, flat, table = done
                 assert table is not None

@@ -115,9 +115,9 @@ def _shapes(kind: str, threads: int) -> tuple[tuple[int, ...], ...]:
     Small arrays for one thread; and for several, few channels, which are summed all at once (very
     few, several rows as one), and many, each of which is finished before the next is begun.
     """
-    from numbabn.cpu import schedule
+    from numbabn.cpu import launch
 
-    large = max(schedule.PARALLEL_FROM.values())
+    large = max(launch.PARALLEL_FROM.values())
     if kind == "columns":
         return (4, 4), (large // 4, 4), (large // 64, 64), (8, large // 8)
     L = layout.SHORT_PLANE  # the least that counts as planes

@@ -7,7 +7,7 @@ from support import as_dtype, same_bits
 
 import numbabn
 from numbabn import calls
-from numbabn.cpu import schedule
+from numbabn.cpu import launch
 
 SHAPES = [((2, 64), 1), ((4, 3, 160), 1), ((3, 16, 7, 7), 1), ((6, 5, 33), 2), ((2, 5, 3, 4), 0)]
 
@@ -65,7 +65,7 @@ def test_one_kernel_does_what_many_do(shape, axis, dtype, training, relu, out, m
 
 
 def test_only_small_arrays_go_that_way():
-    shape = (schedule.PARALLEL_FROM["omp"] // 64, 64)
+    shape = (launch.PARALLEL_FROM["omp"] // 64, 64)
     for rows, expected in ((shape[0], False), (shape[0] - 1, True)):
         known = calls.known(np.empty((rows, 64), np.float32), 1)
         assert (known.small is not None) == expected

@@ -9,7 +9,7 @@ from support import as_dtype, same_bits
 
 import numbabn
 from numbabn import layout
-from numbabn.cpu import caches, schedule, serial
+from numbabn.cpu import caches, launch, schedule, serial
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 # Planes that are columns to sums (4×4, 5×5), planes that are summed in pairs of rows and a last row
@@ -75,7 +75,7 @@ def plans_of_its_own():
 def test_outputs_that_begin_anywhere(monkeypatch, case, dtype, options):
     shape, axis = SHAPES[case]
     dtype = as_dtype(dtype)
-    assert np.prod(shape) >= schedule.PARALLEL_FROM["omp"]  # smaller ones have their own kernels
+    assert np.prod(shape) >= launch.PARALLEL_FROM["omp"]  # smaller ones have their own kernels
     first = []
     for past in sorted({0, 1, 5, 16 // dtype.itemsize, 40 // dtype.itemsize}):
         ordinary, streamed = [], []

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from numbabn.cpu import narrow, schedule, serial
+from numbabn.cpu import launch, narrow, schedule, serial
 from numbabn.cpu.channels import BACKWARD_FIELDS as BACKWARD_FIELDS
 from numbabn.cpu.channels import FORWARD_FIELDS as FORWARD_FIELDS
 from numbabn.cpu.channels import SLOPE_ROWS as SLOPE_ROWS
@@ -79,9 +79,9 @@ def _normalize(
 ) -> None:  # fmt: skip
     plan = schedule.plan_for(x, view)
     floor = 0.0 if relu else -np.inf
-    nbytes = x.nbytes * (2 if residual is None else 3)
-    streaming = schedule.streams(view, nbytes, bits is not None, out)
-    schedule.run(
+    reads = 1 if residual is None else 2
+    streaming = schedule.streams(view, x.nbytes, reads, bits is not None, out)
+    launch.run(
         "normalize_", plan, plan.element_items, x, residual, bits, out,
         *plan.element_sizes, *channels, floor, streaming,
     )  # fmt: skip
@@ -92,7 +92,7 @@ def batch_stats(x: Array, view: View) -> Array:
     view, times = narrow.widen(view)
     plan = schedule.plan_for(x, view)
     partials = np.empty((plan.chunks, FORWARD_FIELDS, view.C))
-    schedule.run("stats_", plan, plan.chunk_items, x, *plan.stats_sizes, partials)
+    launch.run("stats_", plan, plan.chunk_items, x, *plan.stats_sizes, partials)
     return narrow.merge_stats(partials, times)
 
 
@@ -113,21 +113,21 @@ def forward_train(
     channels = (weight, bias, running_mean, running_var, momentum, eps, table)
     plan = schedule.training_plan(x, view)
     floor = 0.0 if relu else -np.inf
-    nbytes = x.nbytes * (2 if residual is None else 3)
-    streaming = schedule.streams(view, nbytes, bits is not None, out)
-    if not plan.forward_by_channel:
+    reads = 1 if residual is None else 2
+    streaming = schedule.streams(view, x.nbytes, reads, bits is not None, out)
+    if not plan.forward_items:
         if not plan.repeats:
             partials = np.empty((plan.chunks, FORWARD_FIELDS, view.C))
             sizes = (*plan.stats_sizes, *plan.element_sizes[-2:])
             arrays = (x, residual, bits, out)
-            if schedule.run_meeting(
+            if launch.run_meeting(
                 "forward_meeting_", plan, *arrays, *sizes, *channels, partials, floor, streaming
             ):
                 return table
         serial.finish_stats(x, batch_stats(x, view), *channels)
         normalize(x, residual, bits, out, view, table, relu)
         return table
-    schedule.run(
+    launch.run(
         "forward_", plan, plan.forward_items, x, residual, bits, out,
         *plan.forward_sizes, *channels, floor, streaming,
     )  # fmt: skip
@@ -149,10 +149,9 @@ def _backward_sums(
     else:
         sums = np.empty((0, 0), own_type)
     partials = np.empty((plan.chunks, BACKWARD_FIELDS, view.C))
-    written = [array for array in (grad_input, grad_residual) if array is not None]
-    nbytes = x.nbytes * (2 + len(written))
-    streaming = schedule.streams_while_summed(view, nbytes, bits is not None, *written)
-    schedule.run(
+    written = (grad_input, grad_residual)
+    streaming = schedule.streams_while_summed(view, x, bits is not None, *written)
+    launch.run(
         "backward_sums_", plan, items, grad_output, x, bits, grad_input, grad_residual, *sizes,
         narrow.repeat(table, times), partials, sums, finish, relu, streaming,
     )  # fmt: skip
@@ -185,10 +184,8 @@ def backward_elements(
     view, times = narrow.widen(view)
     table, slopes = narrow.repeat(table, times), narrow.repeat(slopes, times)
     plan = schedule.plan_for(x, view)
-    written = (grad_input,) if grad_residual is None else (grad_input, grad_residual)
-    nbytes = x.nbytes * (2 + len(written))
-    streaming = schedule.streams(view, nbytes, bits is not None, *written)
-    schedule.run(
+    streaming = schedule.streams(view, x.nbytes, 2, bits is not None, grad_input, grad_residual)
+    launch.run(
         "backward_elements_", plan, plan.element_items, grad_output, x, bits,
         grad_input, grad_residual, *plan.element_sizes, table, slopes, relu, streaming,
     )  # fmt: skip
@@ -203,21 +200,19 @@ def backward_train(
     arrays = (grad_output, x, bits, grad_input, grad_residual)
     sums, slopes = np.empty((2, view.C), dtype), np.empty((SLOPE_ROWS, view.C))
     plan = schedule.training_plan(x, view)
-    written = (grad_input,) if grad_residual is None else (grad_input, grad_residual)
-    nbytes = x.nbytes * (2 + len(written))
-    streaming = schedule.streams(view, nbytes, bits is not None, *written)
-    if not plan.backward_by_channel:
+    streaming = schedule.streams(view, x.nbytes, 2, bits is not None, grad_input, grad_residual)
+    if not plan.backward_items:
         if not plan.repeats:
             numbers = np.empty((plan.chunks, BACKWARD_FIELDS, view.C))
             sizes = (*plan.sums_sizes, *plan.element_sizes[-2:])
             rest = (table, numbers, sums, slopes, relu, streaming)
-            if schedule.run_meeting("backward_meeting_", plan, *arrays, *sizes, *rest):
+            if launch.run_meeting("backward_meeting_", plan, *arrays, *sizes, *rest):
                 return sums
         partials = _backward_sums(grad_output, x, bits, None, None, view, table, relu, None)
         serial.finish_sums(x, partials, table, sums, slopes)
         backward_elements(*arrays, view, table, slopes, relu)
         return sums
-    schedule.run(
+    launch.run(
         "backward_", plan, plan.backward_items, *arrays, *plan.backward_sizes, table,
         sums, slopes, relu, streaming,
     )  # fmt: skip

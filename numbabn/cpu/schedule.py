@@ -1,24 +1,20 @@
-"""How work is cut up: the one place where tile sizes, threads and kinds of stores are chosen.
+"""How work is cut up: the one place where tile sizes and kinds of stores are chosen.
 
 What decides the result's last bit, the chunks that sums are cut into, follows from the shape
-alone. What does not, how many threads share the work, whether a channel is normalized right after
-it was summed, and whether stores bypass the caches, also follows from the machine.
+alone. What does not, what the threads share out, whether a channel is normalized right after it was
+summed, and whether stores bypass the caches, also follows from the machine.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numba
-import numba.np.ufunc.parallel as numba_parallel
 from numpy.typing import NDArray
 
-from numbabn.cpu import narrow, parallel, serial
+from numbabn.cpu import narrow
 from numbabn.cpu.caches import caches, in_memory
+from numbabn.cpu.launch import threads_for
 from numbabn.cpu.memory import AHEAD
 from numbabn.cpu.normalization import LONG_ROW
 from numbabn.layout import View
@@ -60,8 +56,8 @@ class Plan(NamedTuple):
     `sizes` are the arguments between the arrays of elements and the arrays of channels, and
     `items` what there is to share out, for each way of going through the data: by chunk (`stats`
     and backward `sums`), by channel (a channel, or block of them, is finished before the next is
-    begun: `forward`, `backward`, and `finish` for the backward sums alone), and by `element`
-    (elementwise, in the order of memory where that matters).
+    begun: `forward`, `backward`, and `finish` for the backward sums alone; no items where that is
+    not the way), and by `element` (elementwise, in the order of memory where that matters).
     """
 
     name: str  # "planes" or "columns": how the kernels' names end
@@ -71,15 +67,13 @@ class Plan(NamedTuple):
     sums_sizes: tuple[int, ...]
     chunk_items: int
     finish_sizes: tuple[int, ...]  # of the backward sums, all of a channel by one thread
-    finish_items: int  # 0 where that is not the way
+    finish_items: int
     forward_sizes: tuple[int, ...]
     forward_items: int
     backward_sizes: tuple[int, ...]
     backward_items: int
     element_sizes: tuple[int, ...]
     element_items: int
-    forward_by_channel: bool
-    backward_by_channel: bool
     repeats: bool = False  # rows are taken as one, see `narrow`
 
 
@@ -106,7 +100,7 @@ def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
     few = min(16, max(1, C * chunks // (4 * threads)))  # but every thread should have items
     alone = min(16, max(1, C // (4 * threads)))
     # A channel's second look finds it in cache; but every thread should have channels to do.
-    by_channel = threads == 1 or 4 * threads <= C or C % threads == 0
+    channels = C if threads == 1 or 4 * threads <= C or C % threads == 0 else 0
     nbytes = N * C * L * itemsize
     ahead, back = _hints(nbytes, itemsize)
     channel_sizes = (N, C, L, rows, segment, chunks, group)
@@ -118,15 +112,13 @@ def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
         (N, C, L, rows, segment, few, back),
         -(-C // few) * chunks,
         (N, C, L, rows, segment, alone, back),
-        -(-C // alone) if by_channel else 0,
+        -(-channels // alone),
         (*channel_sizes, ahead, _ahead(L, N * L * itemsize) if ahead else 0),
-        C,
+        channels,
         (*channel_sizes, back, _ahead(L, 2 * N * L * itemsize) if back else 0),
-        C,
+        channels,
         (C, L, segment),
         N * C * -(-L // segment),
-        by_channel,
-        by_channel,
     )
 
 
@@ -195,8 +187,6 @@ def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
         -(-C // backward) if backward else 0,
         (M, C, L, tall, wide),
         -(-C // wide) * -(-M // tall),
-        forward > 0,
-        backward > 0,
     )
 
 
@@ -238,91 +228,40 @@ def _channel_block(M: int, C: int, L: int, itemsize: int, threads: int, arrays: 
     return 0
 
 
-def streams(view: View, nbytes: int, aligned_rows: bool, *written: Array) -> bool:
-    """Whether stores should bypass the caches, in a pass over arrays of so many bytes in all.
+def streams(
+    view: View, nbytes: int, reads: int, aligned_rows: bool, *written: Array | None
+) -> bool:
+    """Whether stores should bypass the caches, in a pass over arrays of `nbytes` each.
 
-    They should when what is written would not be found there afterwards, or drive out what is yet
-    to be read; below that they cost up to twice as much. With `aligned_rows`, vectors must not be
-    moved to a boundary of 64 bytes, so rows have to begin on one.
+    It `reads` so many of them. Stores should when what is written would not be found in the caches
+    afterwards, or drive out what is yet to be read; below that they cost up to twice as much. With
+    `aligned_rows`, vectors must not be moved to a boundary of 64 bytes, so rows have to begin on
+    one.
     """
-    if not in_memory(nbytes):
+    if not in_memory(nbytes * (reads + len(written))):
         return False
-    addresses = [array.__array_interface__["data"][0] % 64 for array in written]
+    targets = [array for array in written if array is not None]
+    if not targets or not in_memory(nbytes * (reads + len(targets))):
+        return False
+    addresses = [array.__array_interface__["data"][0] % 64 for array in targets]
     if len(set(addresses)) > 1:
         return False
-    row = view.L * (view.C if view.columns else 1) * written[0].itemsize
+    row = view.L * (view.C if view.columns else 1) * targets[0].itemsize
     return not aligned_rows or (addresses[0] == 0 and row % 64 == 0)
 
 
-def streams_while_summed(view: View, nbytes: int, aligned_rows: bool, *written: Array) -> bool:
-    """`streams`, for what is stored in the pass that sums: often several rows of columns at a time.
+def streams_while_summed(view: View, x: Array, aligned_rows: bool, *written: Array | None) -> bool:
+    """`streams`, for what is stored in the backward pass that sums.
 
-    These have to lie alike, and short ones are not worth beginning in the middle of a vector.
+    There it is often several rows of columns at a time. These have to lie alike, and short ones are
+    not worth beginning in the middle of a vector.
     """
-    if not written:
-        return False
     if view.columns:
         row = view.C * view.L
-        if row * written[0].itemsize % 64 != 0:
+        if row * x.itemsize % 64 != 0:
             return False
         aligned_rows = aligned_rows or row < LONG_ROW
-    return streams(view, nbytes, aligned_rows, *written)
-
-
-# --- threads --------------------------------------------------------------------------------
-
-# Values under which a second thread does not pay, per threading layer. An OpenMP or TBB region
-# costs 2 to 3 µs, and a small array's one kernel spares as much again (measured on two cores:
-# 50,000 values take 0.65 to 0.97 of the time in one); workqueue's costs 100 µs.
-PARALLEL_FROM = {"omp": 1 << 16, "tbb": 1 << 16, "workqueue": 1 << 19}
-
-
-class _Process:
-    """What this process may do; a forked child must not use its parent's OpenMP threads."""
-
-    def __init__(self) -> None:
-        self.has_run_parallel = False
-        self.serial_only = False
-
-    def forked(self) -> None:
-        self.serial_only = self.has_run_parallel
-
-
-process = _Process()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=process.forked)
-
-# The workqueue layer ends the process when two threads are in parallel kernels at once.
-_one_at_a_time = threading.Lock()
-
-
-@cache
-def _layer() -> str:
-    """The threading layer, which Numba chooses when it starts its threads."""
-    numba.get_num_threads()
-    return str(numba.threading_layer())
-
-
-@cache
-def _get_num_threads() -> Callable[[], int]:
-    """Numba's `get_num_threads`, or the part of it that matters once the threads are there.
-
-    That takes 0.1 us, and the whole 0.6, for it makes sure each time that they are.
-    """
-    numba.get_num_threads()
-    inner: Callable[[], int] | None = getattr(numba_parallel, "_get_num_threads", None)
-    return numba.get_num_threads if inner is None else inner
-
-
-def threads_for(size: int) -> int:
-    """How many threads should share `size` values."""
-    if size < PARALLEL_FROM["omp"] or process.serial_only:
-        return 1
-    threads = int(_get_num_threads()())
-    if threads == 1:
-        return 1
-    process.has_run_parallel = True
-    return threads if size >= PARALLEL_FROM.get(_layer(), PARALLEL_FROM["omp"]) else 1
+    return streams(view, x.nbytes, 2, aligned_rows, *written)
 
 
 def plan_for(x: Array, view: View) -> Plan:
@@ -339,7 +278,7 @@ def training_plan(x: Array, view: View) -> Plan:
 def _training_plan(view: View, itemsize: int, threads: int) -> Plan:
     found = plan(view, itemsize, threads)
     if narrow.rows_as_one(view) > 1:  # sums of repeated channels have to be merged first
-        return found._replace(forward_by_channel=False, backward_by_channel=False, repeats=True)
+        return found._replace(forward_items=0, backward_items=0, repeats=True)
     return found
 
 
@@ -347,36 +286,3 @@ def forget_plans() -> None:
     """Make all plans anew, after what they follow from has changed."""
     plan.cache_clear()
     _training_plan.cache_clear()
-
-
-def run(name: str, plan: Plan, items: int, *arguments: Any) -> None:
-    """Run kernel `name` over its items, on several threads if there are several of both."""
-    name += plan.name
-    parts = 1 if plan.threads == 1 else min(plan.threads, items)
-    if parts == 1 or not _run_parallel(name, *arguments, items, parts):
-        getattr(serial, name)(*arguments, 0, items)
-
-
-def run_meeting(name: str, plan: Plan, *arguments: Any) -> bool:
-    """Run both passes of training, where one kernel does them and several threads may.
-
-    Returns whether it did: that saves two calls of kernels, and what goes with them.
-    """
-    if plan.threads == 1 or plan.name != "columns":
-        return False
-    name += plan.name
-    return _run_parallel(name, *arguments, plan.chunk_items, plan.element_items, plan.threads)
-
-
-def _run_parallel(name: str, *arguments: Any) -> bool:
-    """Run a kernel of `parallel`, unless another is run and the layer allows for one only."""
-    if _layer() != "workqueue":
-        getattr(parallel, name)(*arguments)
-        return True
-    if not _one_at_a_time.acquire(blocking=False):
-        return False
-    try:
-        getattr(parallel, name)(*arguments)
-    finally:
-        _one_at_a_time.release()
-    return True

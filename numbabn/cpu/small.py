@@ -17,7 +17,7 @@ import numpy as np
 from numba.core import types
 from numba.extending import overload
 
-from numbabn.cpu import schedule, serial
+from numbabn.cpu import launch, schedule, serial
 from numbabn.cpu.channels import BACKWARD_FIELDS, SLOPE_ROWS, TABLE_ROWS
 from numbabn.cpu.memory import address
 from numbabn.cpu.options import inline, kernel
@@ -156,8 +156,8 @@ class Passes(NamedTuple):
 def passes(view: View, itemsize: int) -> Passes | None:
     """The kernels for small arrays that lie like `view`; None if it is not small."""
     plan = schedule.plan(view, itemsize, 1)
-    small = view.C * view.per_channel < schedule.PARALLEL_FROM["omp"]
-    if not (small and plan.forward_by_channel and plan.backward_by_channel):
+    small = view.C * view.per_channel < launch.PARALLEL_FROM["omp"]
+    if not (small and plan.forward_items and plan.backward_items):
         return None
     forward, backward = forward_planes, backward_planes
     if view.columns:
