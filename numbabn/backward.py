@@ -169,7 +169,7 @@ def batch_norm_backward(
     ):
         return _backward_checked(grad_output, saved, wanted, out, stream)
     small = found.small
-    if small is not None and wanted[0] and not saved.has_residual:
+    if small is not None and small.backward and wanted[0] and not saved.has_residual:
         grad_input = found.empty() if out is None else out
         sums = np.empty(small.sums_shape, saved.sums_dtype)
         done = small.backward(

@@ -7,7 +7,7 @@ from support import as_dtype, same_bits
 
 import numbabn
 from numbabn import calls
-from numbabn.cpu import launch
+from numbabn.cpu import launch, schedule
 
 SHAPES = [((2, 64), 1), ((4, 3, 160), 1), ((3, 16, 7, 7), 1), ((6, 5, 33), 2), ((2, 5, 3, 4), 0)]
 
@@ -65,10 +65,19 @@ def test_one_kernel_does_what_many_do(shape, axis, dtype, training, relu, out, m
 
 
 def test_only_small_arrays_go_that_way():
-    shape = (launch.PARALLEL_FROM["omp"] // 64, 64)
-    for rows, expected in ((shape[0], False), (shape[0] - 1, True)):
-        known = calls.known(np.empty((rows, 64), np.float32), 1)
-        assert (known.small is not None) == expected
+    # Rows are shared out later than planes, and than rows that have pages for each thread.
+    for channels, axis, least in (
+        (64, 1, schedule.SHARED_ROWS_FROM),
+        (2048, 1, launch.PARALLEL_FROM["omp"]),
+        (64, 0, launch.PARALLEL_FROM["omp"]),
+    ):
+        for rows, expected in ((least // channels, False), (least // channels - 1, True)):
+            shape = (rows, channels) if axis == 1 else (channels, rows)
+            known = calls.known(np.empty(shape, np.float32), axis)
+            assert (known.small is not None) == expected
+    known = calls.known(np.empty((launch.PARALLEL_FROM["omp"] // 64, 64), np.float32), 1)
+    assert known.small is not None
+    assert known.small.backward is None
 
 
 @MODES

@@ -77,7 +77,7 @@ def _normalize(
     x: Array, residual: Array | None, bits: Array | None, out: Array, view: View,
     channels: tuple[Any, ...], relu: bool,
 ) -> None:  # fmt: skip
-    plan = schedule.plan_for(x, view)
+    plan = schedule.plan_for(x, view, backward=False)
     floor = 0.0 if relu else -np.inf
     reads = 1 if residual is None else 2
     streaming = schedule.streams(view, x.nbytes, reads, bits is not None, out)
@@ -90,7 +90,7 @@ def _normalize(
 def batch_stats(x: Array, view: View) -> Array:
     """Sums of all chunks, shape ``(chunks, 4, C)``."""
     view, times = narrow.widen(view)
-    plan = schedule.plan_for(x, view)
+    plan = schedule.plan_for(x, view, backward=False)
     partials = np.empty((plan.chunks, FORWARD_FIELDS, view.C))
     launch.run("stats_", plan, plan.chunk_items, x, *plan.stats_sizes, partials)
     return narrow.merge_stats(partials, times)
@@ -111,7 +111,7 @@ def forward_train(
     """Normalize with the batch's own statistics; returns the table."""
     table = np.empty((TABLE_ROWS, view.C))
     channels = (weight, bias, running_mean, running_var, momentum, eps, table)
-    plan = schedule.training_plan(x, view)
+    plan = schedule.training_plan(x, view, backward=False)
     floor = 0.0 if relu else -np.inf
     reads = 1 if residual is None else 2
     streaming = schedule.streams(view, x.nbytes, reads, bits is not None, out)
@@ -140,7 +140,7 @@ def _backward_sums(
 ) -> Array | None:  # fmt: skip
     """The sums of all chunks, shape ``(chunks, 3, C)``; None if each channel's are in `sums`."""
     view, times = narrow.widen(view)
-    plan = schedule.plan_for(x, view)
+    plan = schedule.plan_for(x, view, backward=True)
     own_type = _FLOAT64 if x.dtype == _FLOAT64 else _FLOAT32
     finish = sums is not None and times == 1 and plan.finish_items > 0 and sums.dtype == own_type
     sizes, items = plan.sums_sizes, plan.chunk_items
@@ -183,7 +183,7 @@ def backward_elements(
     """Training's input gradient, from sums that are known already."""
     view, times = narrow.widen(view)
     table, slopes = narrow.repeat(table, times), narrow.repeat(slopes, times)
-    plan = schedule.plan_for(x, view)
+    plan = schedule.plan_for(x, view, backward=True)
     streaming = schedule.streams(view, x.nbytes, 2, bits is not None, grad_input, grad_residual)
     launch.run(
         "backward_elements_", plan, plan.element_items, grad_output, x, bits,
@@ -199,7 +199,7 @@ def backward_train(
     """Training's input gradient and ``sums = (dbias, dweight)``, shape (2, C)."""
     arrays = (grad_output, x, bits, grad_input, grad_residual)
     sums, slopes = np.empty((2, view.C), dtype), np.empty((SLOPE_ROWS, view.C))
-    plan = schedule.training_plan(x, view)
+    plan = schedule.training_plan(x, view, backward=True)
     streaming = schedule.streams(view, x.nbytes, 2, bits is not None, grad_input, grad_residual)
     if not plan.backward_items:
         if not plan.repeats:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # costs 2 to 3 µs, and a small array's one kernel spares as much again (measured on two cores:
 # 50,000 values take 0.65 to 0.97 of the time in one); workqueue's costs 100 µs.
 PARALLEL_FROM = {"omp": 1 << 16, "tbb": 1 << 16, "workqueue": 1 << 19}
+# Values that any further thread should have to itself, to be worth waking.
+EACH = 1 << 15
 
 
 class _Process:
@@ -56,15 +58,15 @@ def _get_num_threads() -> Callable[[], int]:
     return numba.get_num_threads if inner is None else inner
 
 
-def threads_for(size: int) -> int:
-    """How many threads should share `size` values."""
-    if size < PARALLEL_FROM["omp"] or process.serial_only:
+def threads_for(size: int, least: int) -> int:
+    """How many threads should share `size` values; one if these are fewer than `least`."""
+    if size < least or process.serial_only:
         return 1
     threads = int(_get_num_threads()())
     if threads == 1 or size < _worth_while():
         return 1
     process.has_run_parallel = True
-    return threads
+    return min(threads, size // EACH)
 
 
 @cache

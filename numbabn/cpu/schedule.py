@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from numbabn.cpu import narrow
 from numbabn.cpu.caches import caches, in_memory
-from numbabn.cpu.launch import threads_for
+from numbabn.cpu.launch import PARALLEL_FROM, threads_for
 from numbabn.cpu.memory import AHEAD
 from numbabn.cpu.normalization import LONG_ROW
 from numbabn.layout import View
@@ -41,6 +41,13 @@ FAST_LAST = 128 << 20
 # make up for reading shorter ones (measured: half to twice the time at 512 bytes).
 SHORTEST_PIECE = 3 << 10
 SHORTEST_PIECE_IN_CACHE = 1 << 10
+# Bytes over whose ends no hardware prefetcher reads. Where two threads' pieces of rows share one,
+# either's prefetchers take lines that the other writes: 196 rows of 512 columns took two threads
+# 27 to 148 us so, depending on what it costs that day to move a line, and 22 us a single one.
+PAGE = 4 << 10
+# Values of columns from which on a second thread pays in the forward pass where its share of a row
+# is less than that, so that rows are shared out, and sums have to change hands.
+SHARED_ROWS_FROM = 1 << 17
 # Columns gone through at a time: what is known of them, and their running sums, fit L1. Fewer where
 # rows come from a cache, which brings more of them than memory does.
 COLUMNS = 1024
@@ -212,6 +219,8 @@ def _channel_block(M: int, C: int, L: int, itemsize: int, threads: int, arrays: 
     0 if there is no such number.
     """
     column = L * itemsize
+    if threads > 1 and C * column < threads * PAGE:
+        return 0
     columns, piece = COLUMNS_IN_CACHE, SHORTEST_PIECE_IN_CACHE
     if in_memory(M * C * column * (arrays + 1)):
         columns, piece = COLUMNS, SHORTEST_PIECE
@@ -264,14 +273,22 @@ def streams_while_summed(view: View, x: Array, aligned_rows: bool, *written: Arr
     return streams(view, x.nbytes, 2, aligned_rows, *written)
 
 
-def plan_for(x: Array, view: View) -> Plan:
-    """The plan for going through x once."""
-    return plan(view, x.itemsize, threads_for(x.size))
+def shared_from(view: View, itemsize: int, backward: bool) -> int:
+    """How many values of arrays that lie like `view` are worth a second thread."""
+    if view.columns and not backward and view.C * view.L * itemsize < 2 * PAGE:
+        return SHARED_ROWS_FROM
+    return PARALLEL_FROM["omp"]
 
 
-def training_plan(x: Array, view: View) -> Plan:
+def plan_for(x: Array, view: View, backward: bool) -> Plan:
+    """The plan for going through x once, in either pass."""
+    return plan(view, x.itemsize, threads_for(x.size, shared_from(view, x.itemsize, backward)))
+
+
+def training_plan(x: Array, view: View, backward: bool) -> Plan:
     """The plan for training on x."""
-    return _training_plan(view, x.itemsize, threads_for(x.size))
+    threads = threads_for(x.size, shared_from(view, x.itemsize, backward))
+    return _training_plan(view, x.itemsize, threads)
 
 
 @lru_cache(4096)

@@ -17,7 +17,7 @@ import numpy as np
 from numba.core import types
 from numba.extending import overload
 
-from numbabn.cpu import launch, schedule, serial
+from numbabn.cpu import schedule, serial
 from numbabn.cpu.channels import BACKWARD_FIELDS, SLOPE_ROWS, TABLE_ROWS
 from numbabn.cpu.memory import address
 from numbabn.cpu.options import inline, kernel
@@ -144,6 +144,7 @@ class Passes(NamedTuple):
     """The kernels for arrays that lie like some view, what they are told about its sizes, and more.
 
     The arrays are those of `serial`, flat and dense; `out` may be `same` as the first of them.
+    `backward` is None where that pass alone is worth several threads.
     """
 
     forward: Any
@@ -156,13 +157,17 @@ class Passes(NamedTuple):
 def passes(view: View, itemsize: int) -> Passes | None:
     """The kernels for small arrays that lie like `view`; None if it is not small."""
     plan = schedule.plan(view, itemsize, 1)
-    small = view.C * view.per_channel < launch.PARALLEL_FROM["omp"]
-    if not (small and plan.forward_items and plan.backward_items):
+    small = [
+        view.C * view.per_channel < schedule.shared_from(view, itemsize, backward)
+        for backward in (False, True)
+    ]
+    if not (small[0] and plan.forward_items and plan.backward_items):
         return None
     forward, backward = forward_planes, backward_planes
     if view.columns:
         forward, backward = forward_columns, backward_columns
-    return Passes(forward, backward, plan.forward_sizes, (TABLE_ROWS, view.C), (2, view.C))
+    shapes = (TABLE_ROWS, view.C), (2, view.C)
+    return Passes(forward, backward if small[1] else None, plan.forward_sizes, *shapes)
 
 
 @kernel
