@@ -144,7 +144,7 @@ class Passes(NamedTuple):
     """The kernels for arrays that lie like some view, what they are told about its sizes, and more.
 
     The arrays are those of `serial`, flat and dense; `out` may be `same` as the first of them.
-    `backward` is None where that pass alone is worth several threads.
+    `backward` is None where that pass is worth several threads, or takes several kernels.
     """
 
     forward: Any
@@ -156,18 +156,15 @@ class Passes(NamedTuple):
 
 def passes(view: View, itemsize: int) -> Passes | None:
     """The kernels for small arrays that lie like `view`; None if it is not small."""
-    plan = schedule.plan(view, itemsize, 1)
-    small = [
-        view.C * view.per_channel < schedule.shared_from(view, itemsize, backward)
-        for backward in (False, True)
-    ]
-    if not (small[0] and plan.forward_items and plan.backward_items):
+    plan, size = schedule.plan(view, itemsize, 1), view.C * view.per_channel
+    if size >= schedule.shared_from(view, itemsize, backward=False) or not plan.forward_items:
         return None
+    small = size < schedule.shared_from(view, itemsize, backward=True) and plan.backward_items > 0
     forward, backward = forward_planes, backward_planes
     if view.columns:
         forward, backward = forward_columns, backward_columns
     shapes = (TABLE_ROWS, view.C), (2, view.C)
-    return Passes(forward, backward if small[1] else None, plan.forward_sizes, *shapes)
+    return Passes(forward, backward if small else None, plan.forward_sizes, *shapes)
 
 
 @kernel
