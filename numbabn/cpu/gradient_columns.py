@@ -309,7 +309,7 @@ def column_grad_sums(
                 reading, K, m, end, k0, lead, width, False, 4, columns, relu, False, sums, products,
                 few,
             )  # fmt: skip
-            gradient_rows(writing, K, m, end, k0, lead, width, known, relu, True)
+            gradient_rows(writing, K, m, end, k0, lead, width, known, relu, False, True)
 
 
 @function

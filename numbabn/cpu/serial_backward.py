@@ -40,6 +40,7 @@ from numbabn.cpu.normalization import (
 )
 from numbabn.cpu.options import inline, kernel
 from numbabn.cpu.reduction_planes import PLANE_WORK, reach_of
+from numbabn.cpu.runs import fits_cache
 from numbabn.cpu.serial_forward import add_carefully
 from numbabn.cpu.vector import LANES, splat64
 
@@ -194,7 +195,7 @@ def backward_elements_columns(
     space = room(block * L)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + 2 * LANES)
     lead, columns = 0, columns_of(pointer(buffer), space, 0)
-    in_runs = runs_on(io.bits, L)
+    in_runs, in_cache = runs_on(io.bits, L), fits_cache(io.x, M * C * L)
     spread_block = -1
     for item in range(start, stop):
         c0 = (item // downs) * block
@@ -214,7 +215,9 @@ def backward_elements_columns(
                 spread_affine(pointer(table), C, c0, c1 - c0, L, columns)
                 spread_slopes(pointer(slopes), C, c0, c1, L, columns)
                 spread_block = c0
-            gradient_rows(io, C * L, m0, m1, k0, lead, width, columns, relu, streaming)
+            gradient_rows(
+                io, C * L, m0, m1, k0, lead, width, columns, relu, in_cache, streaming
+            )
     return keep_alive(buffer)
 
 
@@ -291,5 +294,5 @@ def backward_columns(
             )
         else:
             spread_slopes(pointer(slopes), C, c0, c1, L, columns)
-            gradient_rows(io, C * L, 0, M, k0, lead, width, columns, relu, streaming)
+            gradient_rows(io, C * L, 0, M, k0, lead, width, columns, relu, True, streaming)
     return keep_alive(work) + keep_alive(few) + keep_alive(buffer) + keep_alive(numbers)

@@ -38,6 +38,7 @@ from numbabn.cpu.normalization import (
 from numbabn.cpu.options import inline, kernel
 from numbabn.cpu.reduction_columns import centers_from, column_chunk
 from numbabn.cpu.reduction_planes import PLANE_WORK, plane_chunk, reach_of
+from numbabn.cpu.runs import fits_cache
 from numbabn.cpu.vector import LANES, splat64
 
 # fmt: off
@@ -225,7 +226,7 @@ def normalize_columns(
     space = room(block * L)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + 2 * LANES)
     lead, columns = 0, columns_of(pointer(buffer), space, 0)
-    in_runs = runs_on(io.bits, L)
+    in_runs, in_cache = runs_on(io.bits, L), fits_cache(io.x, M * C * L)
     columns_c0 = -1
     for item in range(start, stop):
         c0 = (item // downs) * block
@@ -245,7 +246,9 @@ def normalize_columns(
             columns_c0 = c0
         k0, width = c0 * L, (c1 - c0) * L
         if not in_runs:
-            normalize_rows(io, C * L, m0, m1, k0, lead, width, columns, floor, streaming)
+            normalize_rows(
+                io, C * L, m0, m1, k0, lead, width, columns, floor, in_cache, streaming
+            )
         elif known:
             normalize_runs(
                 io, C * L, m0, m1, k0, width, L, pointer(table), None, C, c0, floor, streaming
@@ -322,5 +325,5 @@ def forward_columns(
             )
         else:
             spread_affine(channels.table, C, c0, c1 - c0, L, columns)
-            normalize_rows(io, C * L, 0, M, k0, lead, width, columns, floor, streaming)
+            normalize_rows(io, C * L, 0, M, k0, lead, width, columns, floor, True, streaming)
     return keep_alive(work) + keep_alive(buffer) + keep_alive(numbers)
