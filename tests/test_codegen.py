@@ -107,7 +107,7 @@ PACKED = re.compile(ARITHMETIC + rf"p[sd]\b.*%{WIDEST}")
 SCALAR = re.compile(ARITHMETIC + r"s[sd]\b")
 # Loops that go round once per channel, or 16 of them, not per vector of elements: they divide, or
 # add up the lanes of a vector.
-PER_CHANNEL = re.compile(r"\bv(?:div|sqrt)pd\b|\bvextractf128\b(?s:.*)\bvadds[sd]\b")
+PER_CHANNEL = re.compile(r"\bv(?:div|sqrt)[ps]d\b|\bvextractf128\b(?s:.*)\bvadds[sd]\b")
 STREAMING = re.compile(r"\bvmovnt")
 # What slows each turn of a loop. Reference counts are calls, and atomic where those were inlined;
 # the sign of an index is spread out to wrap negative ones round.
