@@ -19,12 +19,13 @@ from numbabn.cpu.memory import elements_past_boundary, offset, put
 from numbabn.cpu.normalization import affine_of, blend_affine
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reduction_planes import (
+    both_sums,
+    fold,
     go_together,
     in_pairs,
     keep_sums,
     kept,
     reach_from,
-    sum_sixteen,
 )
 from numbabn.cpu.runs import along_planes, along_rows
 from numbabn.cpu.vector import LANES, blend, fma, splat64, splat_like, widen
@@ -73,94 +74,107 @@ def add_part(io, i, K, bit, count, affine, relu):
 
 
 @function
-def add_plane_grads(io, i, K, L, channels, lane, bit, table, C, c, relu, streaming, fresh, work):
-    """Add planes of L elements from i on, of channels c:c+channels, to their two sums in `work`.
+def add_short_grads(io, i, K, L, channels, lane, table, C, c, relu, streaming, few):
+    """Sum planes of L elements from i on, of channels c:c+channels, into `few`.
 
-    Those are the sums of g and of ``g * (x - MEAN) * UNIT``, gone through as in `add_planes`.
-    Stores what eval mode knows.
+    The two sums are those of g and of ``g * (x - MEAN) * UNIT``, gone through as in
+    `add_short_planes`. Stores what eval mode knows.
     """
     zero = splat_like(io.x, 0.0)
     turn = i + L
-    few, few_products = zero, zero
+    total, products = zero, zero
     if lane > 0:
         reading = Backward(io.grad_output, io.x, io.bits, None, None, None)
         affine = affine_of(io.x, table, C, c)
-        part, part_products = add_vector(reading, i - lane, K, bit, affine, relu, False, zero, zero)
-        few, few_products = blend(lane, zero, part), blend(lane, zero, part_products)
+        part, part_products = add_vector(reading, i - lane, K, 0, affine, relu, False, zero, zero)
+        total, products = blend(lane, zero, part), blend(lane, zero, part_products)
         # Only now, as what is written may be what was read.
-        gradient_part(io, i, bit, LANES - lane, affine, None, relu)
+        gradient_part(io, i, 0, LANES - lane, affine, None, relu)
         if K is not None:
-            gradient_part(io, i + K, bit, LANES - lane, affine, None, relu)
+            gradient_part(io, i + K, 0, LANES - lane, affine, None, relu)
         i += LANES - lane
     for j in range(channels):
         affine = affine_of(io.x, table, C, c + j)
-        nothing_yet = fresh
-        if K is None:  # noqa: SIM102 - see `head_of`
-            if i + 4 * LANES <= turn:
-                total, products = kept(work, j, fresh)
-                while i + 4 * LANES <= turn:
-                    four, four_products = add_four(io, i, bit, affine, relu, streaming)
-                    total = total + widen(four)
-                    products = products + widen(four_products)
-                    i += 4 * LANES
-                    bit += 4
-                keep_sums(work, j, total, products)
-                nothing_yet = False
+        if K is None:
+            while i + 4 * LANES <= turn:
+                four, four_products = add_four(io, i, 0, affine, relu, streaming)
+                total = total + four
+                products = products + four_products
+                i += 4 * LANES
         while i + LANES <= turn:
-            few, few_products = add_vector(
-                io, i, K, bit, affine, relu, streaming, few, few_products
-            )
+            total, products = add_vector(io, i, K, 0, affine, relu, streaming, total, products)
             i += LANES
-            bit += 1
         rest = turn - i
-        next_few, next_products = zero, zero
+        next_total, next_products = zero, zero
         if rest > 0:
             if j + 1 < channels:
                 mixed = blend_affine(rest, affine, affine_of(io.x, table, C, c + j + 1))
-                part, part_products = add_vector(io, i, K, bit, mixed, relu, streaming, zero, zero)
-                few = few + blend(rest, part, zero)
-                few_products = few_products + blend(rest, part_products, zero)
-                next_few = blend(rest, zero, part)
+                part, part_products = add_vector(io, i, K, 0, mixed, relu, streaming, zero, zero)
+                total = total + blend(rest, part, zero)
+                products = products + blend(rest, part_products, zero)
+                next_total = blend(rest, zero, part)
                 next_products = blend(rest, zero, part_products)
                 i += LANES
             else:
-                part, part_products = add_part(io, i, K, bit, rest, affine, relu)
-                few = few + part
-                few_products = few_products + part_products
-        total, products = kept(work, j, nothing_yet)
-        keep_sums(work, j, total + widen(few), products + widen(few_products))
-        few, few_products = next_few, next_products
+                part, part_products = add_part(io, i, K, 0, rest, affine, relu)
+                total = total + part
+                products = products + part_products
+        keep_sums(few, j, total, products)
+        total, products = next_total, next_products
         turn += L
 
 
 @function
-def add_row_grads(io, C, L, c0, c1, n, l0, l1, table, relu, streaming, fresh, work):
-    """Columns l0:l1 of row n of channels c0:c1; see `add_plane_grads`."""
-    if together(io, L, l0, l1):
-        i, lane = (n * C + c0) * L, (c0 * L) % LANES
-        add_plane_grads(
-            io, i, None, L, c1 - c0, lane, 0, table, C, c0, relu, streaming, fresh, work
-        )
-    else:
-        row_bits = (L + LANES - 1) // LANES
-        for c in range(c0, c1):
-            row = n * C + c
-            add_plane_grads(
-                io, row * L + l0, None, l1 - l0, 1, 0, row * row_bits + l0 // LANES, table, C, c,
-                relu, streaming, fresh, offset(work, (c - c0) * 2 * LANES),
-            )  # fmt: skip
+def add_long_grads(io, i, end, bit, table, C, c, relu, streaming, fresh, lanes):
+    """Add elements i:end of channel c to its two sums, as `add_long_plane` does."""
+    affine = affine_of(io.x, table, C, c)
+    total, products = kept(lanes, fresh)
+    while i + 4 * LANES <= end:
+        four, four_products = add_four(io, i, bit, affine, relu, streaming)
+        total = total + widen(four)
+        products = products + widen(four_products)
+        i += 4 * LANES
+        bit += 4
+    few, few_products = splat_like(io.x, 0.0), splat_like(io.x, 0.0)
+    while i + LANES <= end:
+        few, few_products = add_vector(io, i, None, bit, affine, relu, streaming, few, few_products)
+        i += LANES
+        bit += 1
+    if i < end:
+        part, part_products = add_part(io, i, None, bit, end - i, affine, relu)
+        few = few + part
+        few_products = few_products + part_products
+    keep_sums(lanes, 0, total + widen(few), products + widen(few_products))
 
 
 @function
-def add_pair_grads(io, C, L, c0, c1, n, table, relu, streaming, apart, fresh, work):
+def add_row_grads(io, C, L, c, c1, n, l0, l1, table, relu, streaming, fresh, scratch, at):
+    """Sum columns l0:l1 of row n of channels c:c1, the `at`-th of the group and those after it.
+
+    Short planes into `few`, to be folded once the whole group's are there.
+    """
+    row = n * C + c
+    if together(io, L, l0, l1):
+        few, lane = offset(scratch.few, at * 2 * LANES), (c * L) % LANES
+        add_short_grads(io, row * L, None, L, c1 - c, lane, table, C, c, relu, streaming, few)
+    else:
+        row_bits = (L + LANES - 1) // LANES
+        for j in range(c1 - c):
+            i, bit = (row + j) * L, (row + j) * row_bits + l0 // LANES
+            lanes = offset(scratch.work, (at + j) * 2 * LANES)
+            add_long_grads(io, i + l0, i + l1, bit, table, C, c + j, relu, streaming, fresh, lanes)
+
+
+@function
+def add_pair_grads(io, C, L, c0, c1, n, table, relu, streaming, apart, few):
     """Rows n and n + 1 of channels c0:c1, which are stored after they were summed if `apart`."""
     K = C * L
     i, lane = (n * C + c0) * L, (c0 * L) % LANES
     if not apart:
-        add_plane_grads(io, i, K, L, c1 - c0, lane, 0, table, C, c0, relu, streaming, fresh, work)
+        add_short_grads(io, i, K, L, c1 - c0, lane, table, C, c0, relu, streaming, few)
     else:
         reading = Backward(io.grad_output, io.x, io.bits, None, None, io.ahead)
-        add_plane_grads(reading, i, K, L, c1 - c0, lane, 0, table, C, c0, relu, False, fresh, work)
+        add_short_grads(reading, i, K, L, c1 - c0, lane, table, C, c0, relu, False, few)
         storing = Backward(io.grad_output, io.x, io.bits, io.grad_input, io.grad_residual, None)
         for row in range(2):
             first = i + row * K
@@ -250,23 +264,23 @@ gradient_runs = along_rows(gradient_run)
 
 
 @function
-def store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, fresh, work):
+def store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, fresh, scratch):
     """Add columns l0:l1 of row n of channels c0:c1 to the sums, and store past the caches.
 
     A few vectors are summed from where the row begins, then stored from boundary to boundary.
     """
     row_bits = (L + LANES - 1) // LANES
     first, i = c0, (n * C + c0) * L + l0  # what is to be stored next, and its channel
-    few = max(1, PIECE // L) if without(io.bits) else 1
-    for c in range(c0, c1, few):
-        last = min(c1, c + few) - 1
-        lanes = offset(work, (c - c0) * 2 * LANES)
+    several = max(1, PIECE // L) if without(io.bits) else 1
+    for c in range(c0, c1, several):
+        last = min(c1, c + several) - 1
         for left in range(l0, l1, PIECE):
             right = min(l1, left + PIECE)
             new = fresh and left == l0
             add_row_grads(
-                reading, C, L, c, last + 1, n, left, right, table, relu, False, new, lanes
-            )
+                reading, C, L, c, last + 1, n, left, right, table, relu, False, new, scratch,
+                c - c0,
+            )  # fmt: skip
             end = (n * C + last) * L + right
             at_end = last + 1 == c1 and right == l1
             if at_end or end - i >= PIECE // 2:
@@ -284,28 +298,31 @@ def store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, fresh, wor
 
 @function
 def plane_grad_chunk(
-    io, reach, C, L, c0, c1, k, n0, n1, l0, l1, table, relu, streaming, work, partials, at
+    io, reach, C, L, c0, c1, k, n0, n1, l0, l1, table, relu, streaming, scratch, partials, at
 ):
     """Sums of the k-th chunk of channels c0:c1, into `partials` from place `at` on.
 
     The chunk is rows n0:n1, columns l0:l1. Stores what eval mode knows.
     """
     apart = streaming and not rows_aligned(io, L)
+    folded = together(io, L, l0, l1)
     n = n0
     while n < n1:
         ahead = reach_from(reach, n)
         own, fresh = read_ahead(io, ahead), n == n0
-        if together(io, L, l0, l1) and in_pairs(L) and n + 2 <= n1:
-            add_pair_grads(own, C, L, c0, c1, n, table, relu, streaming, apart, fresh, work)
+        if folded and in_pairs(L) and n + 2 <= n1:
+            add_pair_grads(own, C, L, c0, c1, n, table, relu, streaming, apart, scratch.few)
             n += 1
         elif apart:
             reading = Backward(io.grad_output, io.x, io.bits, None, None, ahead)
-            store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, fresh, work)
+            store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, fresh, scratch)
         else:
-            add_row_grads(own, C, L, c0, c1, n, l0, l1, table, relu, streaming, fresh, work)
+            add_row_grads(own, C, L, c0, c1, n, l0, l1, table, relu, streaming, fresh, scratch, 0)
+        if folded:
+            fold(scratch, fresh)
         n += 1
     lanes, count = c1 - c0, splat64(np.float64((n1 - n0) * (l1 - l0)))
+    total, products = both_sums(scratch.work, folded)
     put(partial_of(partials, k, COUNT), at, lanes, count, False)
-    put(partial_of(partials, k, SUM_DY), at, lanes, sum_sixteen(work, 2 * LANES), False)
-    products = sum_sixteen(offset(work, LANES), 2 * LANES)
+    put(partial_of(partials, k, SUM_DY), at, lanes, total, False)
     put(partial_of(partials, k, SUM_DY_XHAT), at, lanes, products, False)

@@ -5,15 +5,17 @@ lanes counting for the one or the other. Lanes are numbered from where the row o
 that whichever channel one starts with, its values are added up in the same order.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from numbabn.cpu.memory import (
+    aligned,
     load,
     load_first,
     load_upto,
     offset,
+    pointer,
     prefetch,
     scalar,
     store,
@@ -46,11 +48,30 @@ from numbabn.cpu.vector import (
 )
 
 # Planes shorter than this are gone through together.
-LONG_PLANE = 1024
-# Planes shorter than this are summed two rows at a time: the running sums are touched less often.
+LONG_PLANE = 256
+# Planes shorter than this are summed two rows at a time: less is to be done per plane.
 VERY_SHORT_PLANE = 128
 # Scratch for 16 channels: lanes of two sums each, then their centers and the two sums.
 PLANE_WORK = 2 * LANES * LANES + 3 * LANES
+PLANE_FEW = 2 * LANES * LANES
+
+
+class PlaneScratch(NamedTuple):
+    """Pointers to scratch memory on boundaries, for the two sums of up to 16 channels.
+
+    `few` has room for 16 lanes of either for each channel, in the type that is computed with: what
+    a row of short planes adds up to, or two. `work`, in float64, holds what all rows do: of long
+    planes the same, of short ones 8 lanes, two channels to a vector (see `fold`).
+    """
+
+    few: Any
+    work: Any
+
+
+@inline
+def plane_scratch(few, work):
+    """In buffers for `PLANE_FEW` and `PLANE_WORK` numbers and 16 more."""
+    return PlaneScratch(aligned(pointer(few)), aligned(pointer(work)))
 
 
 class Reach(NamedTuple):
@@ -89,23 +110,58 @@ def go_together(L, l0, l1):
 
 @inline
 def in_pairs(L):
-    """Whether they are so short that two rows are taken at once, to touch the sums less often."""
+    """Whether they are so short that two rows are taken at once, for less to be done per plane."""
     return L < VERY_SHORT_PLANE
 
 
 @inline
-def kept(work, j, fresh):
-    """The 16 lanes of both sums of channel j, from `work`; zero if `fresh`."""
+def kept(lanes, fresh):
+    """The 16 lanes of both sums of a channel of long planes; zero if `fresh`."""
     if fresh:
         return splat64(0.0), splat64(0.0)
-    return load(work, j * 2 * LANES), load(work, (2 * j + 1) * LANES)
+    return load(lanes, 0), load(lanes, LANES)
 
 
 @inline
-def keep_sums(work, j, total, squares):
-    """Put them there."""
-    store(work, j * 2 * LANES, total)
-    store(work, (2 * j + 1) * LANES, squares)
+def keep_sums(lanes, j, total, squares):
+    """Put those of channel j there, or into `few`."""
+    store(lanes, j * 2 * LANES, total)
+    store(lanes, (2 * j + 1) * LANES, squares)
+
+
+@inline
+def fold(scratch, fresh):
+    """Add what `few` holds of 16 channels to `work`; that begins with nothing if `fresh`.
+
+    Halving the lanes first, of two channels at once, halves what there is to widen and add.
+    """
+    half = LANES // 2
+    if fresh:
+        for pair in range(half):
+            total, squares = folded_pair(scratch.few, pair)
+            store(scratch.work, pair * LANES, total)
+            store(scratch.work, (half + pair) * LANES, squares)
+    else:
+        for pair in range(half):
+            total, squares = folded_pair(scratch.few, pair)
+            store(scratch.work, pair * LANES, load(scratch.work, pair * LANES) + total)
+            at = (half + pair) * LANES
+            store(scratch.work, at, load(scratch.work, at) + squares)
+
+
+@inline
+def folded_pair(few, pair):
+    """Both sums of two channels, 8 lanes of either."""
+    first = offset(few, pair * 4 * LANES)
+    return widen(sum_two(first, 2 * LANES)), widen(sum_two(offset(first, LANES), 2 * LANES))
+
+
+@inline
+def both_sums(work, folded):
+    """The two sums of each of 16 channels, from their lanes; these were `folded` or not."""
+    if folded:
+        return sum_sixteen_of_pairs(work), sum_sixteen_of_pairs(offset(work, LANES // 2 * LANES))
+    return sum_sixteen(work, 2 * LANES), sum_sixteen(offset(work, LANES), 2 * LANES)
 
 
 @inline
@@ -140,42 +196,47 @@ def ask_planes(x, i, K, ahead):
             prefetch(x, i + K + ahead)
 
 
-@function
-def add_planes(x, i, K, L, channels, lane, centers, ahead, fresh, work):
-    """Add planes of L elements from x[i] on, one of each channel, to their two sums in `work`.
+@inline
+def singles_before(i, turn, K):
+    """Up to where vectors are added one by one: eight are left of a plane that has so many."""
+    if K is None:  # noqa: SIM102 - see `head_of`
+        if i + 8 * LANES <= turn:
+            return turn - 8 * LANES
+    return turn
 
-    Those are the sums of ``d = x - center`` and of ``d * d``, in 16 lanes each; they begin with
-    nothing if `fresh`. The first plane begins in the middle of a vector if `lane` is not 0. Unless
-    K is None, the planes of the next row, K elements on, are added with them.
+
+@function
+def add_short_planes(x, i, K, L, channels, lane, centers, ahead, few):
+    """Sum planes of L elements from x[i] on, one of each channel, into `few`.
+
+    The two sums are those of ``d = x - center`` and of ``d * d``, in 16 lanes each. The first plane
+    begins in the middle of a vector if `lane` is not 0. Unless K is None, the planes of the next
+    row, K elements on, are added with them.
     """
     zero = splat_like(x, 0.0)
     turn = i + L
-    few, few_squares = zero, zero
+    total, squares = zero, zero
     if lane > 0:
-        both, squares = add_vector(x, i - lane, K, splat_like(x, centers[0]), zero, zero)
-        few, few_squares = blend(lane, zero, both), blend(lane, zero, squares)
+        both, both_squares = add_vector(x, i - lane, K, splat_like(x, centers[0]), zero, zero)
+        total, squares = blend(lane, zero, both), blend(lane, zero, both_squares)
         i += LANES - lane
     for j in range(channels):
         # Looked up anew, not kept from the last turn: then LLVM knows that its lanes are equal.
         center = splat_like(x, centers[j])
-        nothing_yet = fresh
-        if K is None:  # noqa: SIM102 - see `head_of`
-            if i + 8 * LANES <= turn:
-                total, squares = kept(work, j, fresh)
-                while i + 8 * LANES <= turn:
-                    ask_eight(x, i, LANES, ahead)
-                    eight, eight_squares = add_eight(x, i, LANES, LANES, center, None)
-                    total = total + widen(eight)
-                    squares = squares + widen(eight_squares)
-                    i += 8 * LANES
-                keep_sums(work, j, total, squares)
-                nothing_yet = False
-        while i + LANES <= turn:
+        singles = singles_before(i, turn, K)
+        while i + LANES <= singles:
             ask_planes(x, i, K, ahead)
-            few, few_squares = add_vector(x, i, K, center, few, few_squares)
+            total, squares = add_vector(x, i, K, center, total, squares)
             i += LANES
+        if K is None:  # noqa: SIM102 - see `head_of`
+            if singles < turn:  # one chain of roundings less than if these came first
+                ask_eight(x, i, LANES, ahead)
+                eight, eight_squares = add_eight(x, i, LANES, LANES, center, None)
+                total = total + eight
+                squares = squares + eight_squares
+                i += 8 * LANES
         rest = turn - i
-        next_few, next_squares = zero, zero
+        next_total, next_squares = zero, zero
         if rest > 0:
             if j + 1 < channels:
                 ask_planes(x, i, K, ahead)
@@ -183,39 +244,62 @@ def add_planes(x, i, K, L, channels, lane, centers, ahead, fresh, work):
                 # the end, which is the same to the last bit.
                 mixed = blend(rest, center, splat_like(x, centers[j + 1]))
                 part, part_squares = add_vector(x, i, K, mixed, zero, zero)
-                few = few + blend(rest, part, zero)
-                few_squares = few_squares + blend(rest, part_squares, zero)
-                next_few = blend(rest, zero, part)
+                total = total + blend(rest, part, zero)
+                squares = squares + blend(rest, part_squares, zero)
+                next_total = blend(rest, zero, part)
                 next_squares = blend(rest, zero, part_squares)
                 i += LANES
             else:
                 part, part_squares = add_part(x, i, K, rest, center, zero, zero)
-                few = few + part
-                few_squares = few_squares + part_squares
-        total, squares = kept(work, j, nothing_yet)
-        keep_sums(work, j, total + widen(few), squares + widen(few_squares))
-        few, few_squares = next_few, next_squares
+                total = total + part
+                squares = squares + part_squares
+        keep_sums(few, j, total, squares)
+        total, squares = next_total, next_squares
         turn += L
 
 
 @function
-def plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work):
-    """The two sums over rows n0:n1, columns l0:l1 of each of channels c0:c1: lanes in `work`."""
+def add_long_plane(x, i, end, center, ahead, fresh, lanes):
+    """Add elements i:end of one channel to its two sums, 16 lanes of either; nothing if `fresh`."""
+    center = splat_like(x, center)
+    total, squares = kept(lanes, fresh)
+    while i + 8 * LANES <= end:
+        ask_eight(x, i, LANES, ahead)
+        eight, eight_squares = add_eight(x, i, LANES, LANES, center, None)
+        total = total + widen(eight)
+        squares = squares + widen(eight_squares)
+        i += 8 * LANES
+    few, few_squares = splat_like(x, 0.0), splat_like(x, 0.0)
+    while i + LANES <= end:
+        ask_planes(x, i, None, ahead)
+        few, few_squares = add_vector(x, i, None, center, few, few_squares)
+        i += LANES
+    if i < end:
+        few, few_squares = add_part(x, i, None, end - i, center, few, few_squares)
+    keep_sums(lanes, 0, total + widen(few), squares + widen(few_squares))
+
+
+@inline
+def plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, scratch):
+    """The two sums over rows n0:n1, columns l0:l1 of each of channels c0:c1: vectors of them."""
     together = go_together(L, l0, l1)
-    channels, lane = (c1 - c0, (c0 * L) % LANES) if together else (1, 0)
     n = n0
     while n < n1:
-        ahead, fresh = reach_from(reach, n), n == n0
-        if together and in_pairs(L) and n + 2 <= n1:
-            i = (n * C + c0) * L
-            add_planes(x, i, C * L, L, channels, lane, centers, ahead, fresh, work)
-            n += 2
+        i, ahead, fresh = (n * C + c0) * L, reach_from(reach, n), n == n0
+        if together:
+            lane = (c0 * L) % LANES
+            if in_pairs(L) and n + 2 <= n1:
+                add_short_planes(x, i, C * L, L, c1 - c0, lane, centers, ahead, scratch.few)
+                n += 1
+            else:
+                add_short_planes(x, i, None, L, c1 - c0, lane, centers, ahead, scratch.few)
+            fold(scratch, fresh)
         else:
-            for j in range(0, c1 - c0, channels):
-                i = (n * C + c0 + j) * L + l0
-                own, lanes = offset(centers, j), offset(work, j * 2 * LANES)
-                add_planes(x, i, None, l1 - l0, channels, lane, own, ahead, fresh, lanes)
-            n += 1
+            for j in range(c1 - c0):
+                first, lanes = i + j * L, offset(scratch.work, j * 2 * LANES)
+                add_long_plane(x, first + l0, first + l1, centers[j], ahead, fresh, lanes)
+        n += 1
+    return both_sums(scratch.work, together)
 
 
 @function
@@ -242,6 +326,19 @@ def sum_two(lanes, step):
 @inline
 def sum_four(lanes, step):
     return halve_8(sum_two(lanes, step), sum_two(offset(lanes, 2 * step), step))
+
+
+@inline
+def sum_sixteen_of_pairs(lanes):
+    """The other half of `sum_sixteen`: of eight vectors, in which two each are halved already."""
+    return halve_2(sum_eight_of_pairs(lanes), sum_eight_of_pairs(offset(lanes, 4 * LANES)))
+
+
+@inline
+def sum_eight_of_pairs(lanes):
+    first, second = load(lanes, 0), load(lanes, LANES)
+    third, fourth = load(lanes, 2 * LANES), load(lanes, 3 * LANES)
+    return halve_4(halve_8(first, second), halve_8(third, fourth))
 
 
 @inline
@@ -280,31 +377,31 @@ def put_centers(x, i, L, centers):
 
 
 @function
-def plane_chunk(x, C, L, c0, c1, k, n0, n1, l0, l1, reach, work, partials, at):
+def plane_chunk(x, C, L, c0, c1, k, n0, n1, l0, l1, reach, scratch, partials, at):
     """Statistics of the k-th chunk of channels c0:c1, into `partials` from place `at` on.
 
-    The chunk is rows n0:n1, columns l0:l1. `work` is scratch: `PLANE_WORK` numbers.
+    The chunk is rows n0:n1, columns l0:l1.
     """
-    centers = offset(work, 2 * LANES * LANES)
+    centers = offset(scratch.work, 2 * LANES * LANES)
+    totals, squares = offset(centers, LANES), offset(centers, 2 * LANES)
     count = np.float64((n1 - n0) * (l1 - l0))
     if c1 - c0 == LANES and not is_double(x):
         put_centers(x, c0 * L, L, centers)
     else:
         for c in range(c0, c1):
             centers[c - c0] = center_of(x, c * L)
-    plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work)
+    total, square = plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, scratch)
     if is_double(x):
-        for j in range(c1 - c0):
-            total = sum_lanes(load(work, j * 2 * LANES))
-            if np.isfinite(total):
-                centers[j] += total / count
-        plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, work)
-    lanes, totals, squares = c1 - c0, offset(centers, LANES), offset(centers, 2 * LANES)
-    store(totals, 0, sum_sixteen(work, 2 * LANES))
-    store(squares, 0, sum_sixteen(offset(work, LANES), 2 * LANES))
-    exact = exact_lanes(count, load(totals, 0), load(squares, 0))
+        mean = total * splat64(1.0 / count)
+        store(centers, 0, load(centers, 0) + where_finite(total, mean, splat64(0.0)))
+        total, square = plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, scratch)
+    lanes = c1 - c0
+    exact = exact_lanes(count, total, square)
     if not (is_double(x) or all_lanes(exact, lanes)):
+        store(totals, 0, total)
+        store(squares, 0, square)
         for j in range(lanes):
             if not (exact >> np.uint16(j)) & np.uint16(1):
                 totals[j], squares[j] = wide_sums(x, C, L, c0 + j, n0, n1, l0, l1, centers[j])
-    put_chunk(count, load(centers, 0), load(totals, 0), load(squares, 0), partials, k, at, lanes)
+        total, square = load(totals, 0), load(squares, 0)
+    put_chunk(count, load(centers, 0), total, square, partials, k, at, lanes)

@@ -22,7 +22,6 @@ from numbabn.cpu.gradient_columns import (
 from numbabn.cpu.gradient_planes import gradient_run, gradient_runs, plane_grad_chunk
 from numbabn.cpu.gradients import Backward
 from numbabn.cpu.memory import (
-    aligned,
     empty_like_computed,
     if_needed,
     offset,
@@ -39,7 +38,7 @@ from numbabn.cpu.normalization import (
     spread_affine,
 )
 from numbabn.cpu.options import inline, kernel
-from numbabn.cpu.reduction_planes import PLANE_WORK, reach_of
+from numbabn.cpu.reduction_planes import PLANE_FEW, PLANE_WORK, plane_scratch, reach_of
 from numbabn.cpu.runs import fits_cache
 from numbabn.cpu.serial_forward import add_carefully
 from numbabn.cpu.vector import LANES, splat64
@@ -68,6 +67,7 @@ def backward_sums_planes(
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, None)
     partials = partials_of(numbers)
     work = np.empty(PLANE_WORK + LANES)
+    few = empty_like_computed(io.x, PLANE_FEW + LANES)
     each = partials.chunks if finish else 1
     for item in range(start * each, stop * each):
         k = item % partials.chunks
@@ -76,14 +76,14 @@ def backward_sums_planes(
         n0, l0 = chunk_of(k, rows, L, segment)
         plane_grad_chunk(
             io, reach_of(ahead, N, C * L, (c1 - c0) * L), C, L, c0, c1, k, n0, min(N, n0 + rows),
-            l0, min(L, l0 + segment), pointer(table), relu, streaming, aligned(pointer(work)),
+            l0, min(L, l0 + segment), pointer(table), relu, streaming, plane_scratch(few, work),
             partials, c0,
         )
         if finish and k == partials.chunks - 1:
             finish_backward(
                 io.x, partials, C, c0, c0, c1 - c0, pointer(table), pointer(sums), None
             )
-    return keep_alive(work)
+    return keep_alive(work) + keep_alive(few)
 
 
 @kernel
@@ -232,6 +232,7 @@ def backward_planes(
     numbers = np.empty(chunks * BACKWARD_FIELDS * LANES)
     partials = Partials(pointer(numbers), BACKWARD_FIELDS, LANES, chunks)
     work = np.empty(PLANE_WORK + LANES)
+    few = empty_like_computed(io.x, PLANE_FEW + LANES)
     row_bits = (L + LANES - 1) // LANES
     for c0 in range(start, stop, group):
         c1 = min(stop, c0 + group)
@@ -240,7 +241,7 @@ def backward_planes(
             n0, l0 = chunk_of(k, rows, L, segment)
             plane_grad_chunk(
                 reading, reach, C, L, c0, c1, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment),
-                pointer(table), relu, False, aligned(pointer(work)), partials, 0,
+                pointer(table), relu, False, plane_scratch(few, work), partials, 0,
             )
         finish_backward(
             io.x, partials, C, 0, c0, c1 - c0, pointer(table), pointer(sums), pointer(slopes)
@@ -251,7 +252,7 @@ def backward_planes(
                 io, row * L, (row + c1 - c0) * L, (row + 1) * L, L, row * row_bits,
                 pointer(table), pointer(slopes), C, c0, relu, streaming,
             )
-    return keep_alive(numbers) + keep_alive(work)
+    return keep_alive(numbers) + keep_alive(work) + keep_alive(few)
 
 
 @kernel

@@ -20,7 +20,7 @@ from numbabn.cpu.channels import (
     write,
 )
 from numbabn.cpu.chunks import chunk_of, keep_alive, partials_of, room
-from numbabn.cpu.memory import aligned, empty_like_computed, if_needed, pointer, values_ahead
+from numbabn.cpu.memory import empty_like_computed, if_needed, pointer, values_ahead
 from numbabn.cpu.normalization import (
     COLUMN_ROWS,
     Forward,
@@ -37,7 +37,13 @@ from numbabn.cpu.normalization import (
 )
 from numbabn.cpu.options import inline, kernel
 from numbabn.cpu.reduction_columns import centers_from, column_chunk
-from numbabn.cpu.reduction_planes import PLANE_WORK, plane_chunk, reach_of
+from numbabn.cpu.reduction_planes import (
+    PLANE_FEW,
+    PLANE_WORK,
+    plane_chunk,
+    plane_scratch,
+    reach_of,
+)
 from numbabn.cpu.runs import fits_cache
 from numbabn.cpu.vector import LANES, splat64
 
@@ -58,6 +64,7 @@ def stats_planes(x, N, C, L, rows, segment, group, ahead, numbers, start, stop):
     """Items start:stop of the grid (group of channels) × (chunk)."""
     to_x, partials = pointer(x), partials_of(numbers)
     work = np.empty(PLANE_WORK + LANES)
+    few = empty_like_computed(to_x, PLANE_FEW + LANES)
     for item in range(start, stop):
         k = item % partials.chunks
         c0 = (item // partials.chunks) * group
@@ -65,9 +72,9 @@ def stats_planes(x, N, C, L, rows, segment, group, ahead, numbers, start, stop):
         n0, l0 = chunk_of(k, rows, L, segment)
         plane_chunk(
             to_x, C, L, c0, c1, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment),
-            reach_of(ahead, N, C * L, (c1 - c0) * L), aligned(pointer(work)), partials, c0,
+            reach_of(ahead, N, C * L, (c1 - c0) * L), plane_scratch(few, work), partials, c0,
         )
-    return keep_alive(work)
+    return keep_alive(work) + keep_alive(few)
 
 
 @kernel
@@ -271,6 +278,7 @@ def forward_planes(
     numbers = np.empty(chunks * FORWARD_FIELDS * LANES)
     partials = Partials(pointer(numbers), FORWARD_FIELDS, LANES, chunks)
     work = np.empty(PLANE_WORK + LANES)
+    few = empty_like_computed(io.x, PLANE_FEW + LANES)
     row_bits = (L + LANES - 1) // LANES
     for c0 in range(start, stop, group):
         c1 = min(stop, c0 + group)
@@ -279,7 +287,7 @@ def forward_planes(
             n0, l0 = chunk_of(k, rows, L, segment)
             plane_chunk(
                 io.x, C, L, c0, c1, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment), reach,
-                aligned(pointer(work)), partials, 0,
+                plane_scratch(few, work), partials, 0,
             )
         finish_training(io.x, partials, channels, 0, c0, c1 - c0)
         for n in range(N - 1, -1, -1):  # what was summed last is still in cache
@@ -288,7 +296,7 @@ def forward_planes(
                 io, row * L, (row + c1 - c0) * L, (row + 1) * L, L, row * row_bits,
                 channels.table, None, C, c0, floor, streaming,
             )
-    return keep_alive(numbers) + keep_alive(work)
+    return keep_alive(numbers) + keep_alive(work) + keep_alive(few)
 
 
 @kernel
