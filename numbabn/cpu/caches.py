@@ -61,6 +61,11 @@ def _last_cache() -> int:
     return min(found.last, found.last_shared_by * MOST_LAST_SHARE)
 
 
+def last_share() -> int:
+    """Bytes of the last cache for each core that shares it."""
+    return _last_cache() // caches().last_shared_by
+
+
 def in_memory(nbytes: int) -> bool:
     """Whether all arrays of a pass, so many bytes, are too much for the caches."""
     return nbytes >= _last_cache()

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from numbabn.cpu import narrow
-from numbabn.cpu.caches import caches, in_memory
+from numbabn.cpu.caches import caches, in_memory, last_share
 from numbabn.cpu.launch import PARALLEL_FROM, threads_for
 from numbabn.cpu.memory import AHEAD
 from numbabn.cpu.normalization import LONG_ROW
+from numbabn.cpu.reduction_planes import LONG_PLANE
 from numbabn.layout import View
 
 Array = NDArray[Any]
@@ -33,8 +34,8 @@ CHUNK_COLUMNS = 1 << 17
 CHUNK_BLOCK = 1 << 16
 # All chunks together make at most about this many entries of 32 bytes.
 MOST_CHUNKS = 1 << 14
-# Bytes of a channel of which two arrays fit any L2 twice.
-SMALL_CHANNEL = 1 << 17
+# Bytes of channels of which two arrays fit any L2 twice.
+SMALL_GROUP = 1 << 17
 # Largest size of a last cache that only a few cores share.
 FAST_LAST = 128 << 20
 # Bytes of a row of a block that are worth taking out of the row; a second look in cache does not
@@ -101,9 +102,7 @@ def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
         rows, segment = 1, -(-L // -(-L // values))
         segment += -segment % 64  # whole cache lines of any dtype
         chunks = N * -(-L // segment)
-    # A few channels at a time are summed, then normalized, as long as they fit L2 together: what is
-    # done once per channel is then done for up to 16 at once, and their rows lie in sequence.
-    group = min(16, max(1, caches().l2 // 4 // (N * L * itemsize)))
+    group = _group(N, L, itemsize)
     few = min(16, max(1, C * chunks // (4 * threads)))  # but every thread should have items
     alone = min(16, max(1, C // (4 * threads)))
     # A channel's second look finds it in cache; but every thread should have channels to do.
@@ -120,9 +119,9 @@ def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
         -(-C // few) * chunks,
         (N, C, L, rows, segment, alone, back),
         -(-channels // alone),
-        (*channel_sizes, ahead, _ahead(L, N * L * itemsize) if ahead else 0),
+        (*channel_sizes, ahead, _ahead(group * L * itemsize, N, 2 * nbytes) // itemsize),
         channels,
-        (*channel_sizes, back, _ahead(L, 2 * N * L * itemsize) if back else 0),
+        (*channel_sizes, back, _ahead(group * L * itemsize, 2 * N, 3 * nbytes) // itemsize),
         channels,
         (C, L, segment),
         N * C * -(-L // segment),
@@ -141,16 +140,35 @@ def _hints(nbytes: int, itemsize: int) -> tuple[int, int]:
     return forward, backward
 
 
-def _ahead(L: int, channel_bytes: int) -> int:
-    """How far planes are prefetched while a channel is written; L elements on is the next channel.
+def _group(N: int, L: int, itemsize: int) -> int:
+    """How many channels of planes are summed, then gone over again.
 
-    That keeps memory busy in both directions. But it must not drive this channel out of L2 where a
-    cache that a whole socket shares would have to bring it back (measured, of 2 MiB: 7.1 instead of
-    8.6 ms with 0.4 MB, 15.5 instead of 13.1 ms with 0.8 MB).
+    What is done once per channel is then done for up to 16 at once, and their rows lie in sequence.
+    They should fit L2 together; but short planes are summed 16 channels at a time, however few
+    there are, and in rows that are too short for memory. So of these it is 16, unless they would
+    not be in a share of the last cache (measured with 1 MiB of L2 and planes of 14 x 14: 5, 2 and
+    1 channels, as many as fit, take 1.3 to 2 times as long as 16 do).
     """
-    found = caches()
-    fits = found.last <= FAST_LAST or channel_bytes <= found.l2 // 4
-    return L if fits and channel_bytes > SMALL_CHANNEL else 0
+    found, channel_bytes = caches(), N * L * itemsize
+    most = found.l2 // 4
+    if L < LONG_PLANE:
+        most = max(found.l2 // 2, last_share() // 4)
+    return min(16, max(1, most // channel_bytes))
+
+
+def _ahead(row: int, rows: int, nbytes: int) -> int:
+    """How many bytes ahead planes are fetched while a group of channels is written: a `row`, or 0.
+
+    There lies the next group, so memory is busy in both directions; and cache, where rows are so
+    short that the hardware's prefetchers hardly get going (measured in L3, planes of 7 x 7: 0.8 to
+    1 of the time; of 14 x 14, 1 to 1.05). But that must not drive this group out of L2 where a
+    cache that a whole socket shares would have to bring it back (measured, of 2 MiB: 7.1 instead of
+    8.6 ms with 0.4 MB, 15.5 instead of 13.1 ms with 0.8 MB). A pass is over `nbytes` in all.
+    """
+    found, group_bytes = caches(), row * rows
+    if found.last > FAST_LAST and group_bytes > found.l2 // 4:
+        return 0
+    return row if row < PAGE or (in_memory(nbytes) and group_bytes > SMALL_GROUP) else 0
 
 
 def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
