@@ -64,17 +64,17 @@ def _decode(builder: Any, pointer: Any, value: Any) -> Any:
 
 
 @cache
-def _has_half_arithmetic() -> bool:
-    """Whether kernels are compiled for a processor with AVX-512 FP16."""
+def _has(feature: str) -> bool:
+    """Whether kernels are compiled for this processor, and it has such instructions."""
     if config.CPU_NAME or config.CPU_FEATURES:
         return False
-    return bool(llvmlite.binding.get_host_cpu_features().get("avx512fp16"))
+    return bool(llvmlite.binding.get_host_cpu_features().get(feature))
 
 
 def _to_half(builder: Any, value: Any) -> Any:
     """Lanes rounded to float16, as integers."""
     integers = ir.VectorType(I16, LANES)
-    if _has_half_arithmetic() and value.type.element == FLOAT:
+    if _has("avx512fp16") and value.type.element == FLOAT:
         # There LLVM would store halves as such, for which it knows no streaming store.
         name = "llvm.x86.avx512.mask.vcvtps2ph.512"
         current_rounding, all_lanes = I32(4), I16(0xFFFF)
@@ -198,6 +198,10 @@ def stream(typingctx: Any, target: Any, index: Any, value: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         encoded = _encode(builder, target, args[2])
+        if encoded.type.element == I16 and _has("avx"):
+            # LLVM would narrow and store by one instruction, of which there is none that streams.
+            same = ir.FunctionType(encoded.type, [encoded.type])
+            encoded = builder.asm(same, "", "=x,0", [encoded], side_effect=False)
         place = _at(builder, args[0], args[1], encoded.type)
         instruction = builder.store(encoded, place, align=_boundary(target))
         instruction.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
