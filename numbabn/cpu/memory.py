@@ -65,8 +65,8 @@ def _decode(builder: Any, pointer: Any, value: Any) -> Any:
 
 @cache
 def _has(feature: str) -> bool:
-    """Whether kernels are compiled for this processor, and it has such instructions."""
-    if config.CPU_NAME or config.CPU_FEATURES:
+    """Whether kernels are compiled for this processor, and it has such instructions of AVX's."""
+    if config.CPU_NAME or config.CPU_FEATURES or not config.ENABLE_AVX:
         return False
     return bool(llvmlite.binding.get_host_cpu_features().get(feature))
 
