@@ -147,7 +147,7 @@ def _group(N: int, L: int, itemsize: int) -> int:
     They should fit L2 together; but short planes are summed 16 channels at a time, however few
     there are, and in rows that are too short for memory. So of these it is 16, unless they would
     not be in a share of the last cache (measured with 1 MiB of L2 and planes of 14 x 14: 5, 2 and
-    1 channels, as many as fit, take 1.3 to 2 times as long as 16 do).
+    1 channels, as many as fit, take 1.1 to 2 times as long as 16 do).
     """
     found, channel_bytes = caches(), N * L * itemsize
     most = found.l2 // 4
