@@ -44,13 +44,13 @@ FLAGS = (
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
 
-# Number of commits that have a point in some curve of a graph (which is drawn anew with the results
-# of every machine that arrive), and of pixels that are drawn at all.
-COMMITS = """
+# Whether so many commits have a point in some curve of a graph, which is drawn anew with each
+# machine's results that arrive; and the number of pixels that are drawn at all.
+HAS_COMMITS = """
 const plot = $(arguments[0]).data("plot");
-if (!plot) return 0;
+if (!plot) return false;
 const points = plot.getData().flatMap(s => s.data.filter(p => p && p[1] !== null));
-return new Set(points.map(p => p[0])).size;
+return new Set(points.map(p => p[0])).size === arguments[1];
 """
 DRAWN = """
 const canvas = document.querySelector(arguments[0] + " canvas.flot-base");
@@ -92,15 +92,6 @@ def wait_for(browser, what, script, *arguments):
     ui = pytest.importorskip("selenium.webdriver.support.ui")
     return ui.WebDriverWait(browser, 30).until(
         lambda driver: driver.execute_script(script, *arguments), f"{what} does not appear"
-    )
-
-
-def wait_for_commits(browser, number):
-    """Until the curves have points of so many commits."""
-    ui = pytest.importorskip("selenium.webdriver.support.ui")
-    ui.WebDriverWait(browser, 30).until(
-        lambda driver: driver.execute_script(COMMITS, "#main-graph") == number,
-        f"curves of {number} commits do not appear",
     )
 
 
@@ -159,7 +150,7 @@ def test_grid_has_all_benchmarks(browser, planted):
 
 def test_graph_has_the_points_of_all_commits(browser, planted):
     browser.get(planted + "#steps.track_step")
-    wait_for_commits(browser, 8)
+    assert wait_for(browser, "a curve of 8 commits", HAS_COMMITS, "#main-graph", 8)
     assert browser.execute_script(DRAWN, "#main-graph") > 1000
     assert errors(browser) == []
 
@@ -204,7 +195,8 @@ def test_own_results_are_drawn(browser, tracked):
     browser.get(address + "#bench_calls.Overhead.time_eval")
     measured = commits_with("bench_calls.Overhead.time_eval")
     assert measured >= 5
-    wait_for_commits(browser, measured)
+    curves = f"curves of {measured} commits"
+    assert wait_for(browser, curves, HAS_COMMITS, "#main-graph", measured)
     assert browser.execute_script(DRAWN, "#main-graph") > 1000
     browser.get(address + "#regressions")
     body = "return document.querySelector('#regressions-body').innerText.trim()"
