@@ -59,6 +59,20 @@ def test_groups_stay_in_l2_where_many_cores_share_the_last_cache(on_machine):
     assert group_of(32, 64, 784) == 512 * KIB // (32 * 784 * 4)
 
 
+def test_columns_are_asked_for_ahead_where_they_outgrow_l2(on_machine):
+    on_machine(MACHINES["few cores"])
+
+    def hints(M, threads):
+        plan = schedule.plan(View(True, M, 512, 1, None), 4, threads)
+        return plan.stats_sizes[-1], plan.sums_sizes[-1]
+
+    ahead = schedule.AHEAD // 4
+    assert hints(512, 1) == (0, ahead)  # 1 MiB of x, and of the gradient with it
+    assert hints(513, 1) == (ahead, ahead)
+    assert hints(512, 2) == (0, 0)
+    assert hints(1025, 2) == (ahead, ahead)
+
+
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [
@@ -67,8 +81,10 @@ def test_groups_stay_in_l2_where_many_cores_share_the_last_cache(on_machine):
         ((5, 20, 31, 31), 1),
         ((120, 24, 5, 5), 1),
         ((460, 300), 1),
+        ((301, 512), 1),
+        ((200, 1040), 1),
     ],
-    ids=["7x7", "14x14", "31x31", "5x5", "rows"],
+    ids=["7x7", "14x14", "31x31", "5x5", "rows", "rows of 2 KiB", "long rows"],
 )
 @pytest.mark.parametrize("options", [{}, {"activation": "relu"}], ids=["", "relu"])
 def test_caches_change_no_bit(on_machine, shape, axis, options):

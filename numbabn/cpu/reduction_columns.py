@@ -1,5 +1,7 @@
 """Sums over the batch, of columns: x[m * K + k], K = C * L, column k being channel k // L's."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from numbabn.cpu.channels import lanes_at
@@ -68,11 +70,27 @@ def fold(sums, c, L):
     return sum_lanes(total)
 
 
+class Ahead(NamedTuple):
+    """How many elements of rows to fetch ahead, 0 of what is near; never from row `stop` on.
+
+    There other arrays may begin, which another thread is writing.
+    """
+
+    elements: int
+    stop: int
+
+
 @inline
 def rows_ahead(ahead, width, together):
-    """How many rows of `width` columns make `ahead` elements, where so many are read `together`."""
+    """How many rows of `width` columns that makes, where so many are read `together`."""
     bunch = together * width
-    return together * ((ahead + bunch - 1) // bunch)
+    return together * ((ahead.elements + bunch - 1) // bunch)
+
+
+@inline
+def ahead_of(ahead, elements, K, row):
+    """So many `elements` if there are as many, in rows of K, from `row` on; else 0."""
+    return elements if row * K + elements <= ahead.stop * K else 0
 
 
 @inline
@@ -108,40 +126,48 @@ def add_strip(x, i, K, rows, ahead, j, count, shifts, fresh, sums, squares, wide
     store(squares, j, total_squares)
 
 
-# Rows of columns in cache that are gone through for one vector of columns before the next. Of twice
-# as many, hardware prefetchers take rows beyond the last, which belong to other arrays, and take
-# these from the thread that writes them (measured: 196 rows of 512 columns, 28 to 71 us instead of
-# 14). None where lines of all rows fall into one set of the fastest cache, which are so many bytes
-# apart there (10 cycles a vector instead of 7; elsewhere 4.5 to 6.2 instead of 5.5 to 6.6).
+# Rows of columns that are gone through for one vector of columns before the next. Those that are
+# near: of twice as many, hardware prefetchers take rows beyond the last, which belong to other
+# arrays, and take these from the thread that writes them (measured: 196 rows of 512 columns, 28 to
+# 71 us instead of 14). Half as many where they are far, and hints run a strip ahead (12.8 MB:
+# 0.8 of the time that strips of 8 take), but only 8 where that is too far, or where lines of all
+# rows fall into one set of the fastest cache, which are so many bytes apart there (10 cycles a
+# vector instead of 7; elsewhere 4.5 to 6.2 instead of 5.5 to 6.6).
 STRIP = 32
 SET = 4096
+
+
+@inline
+def strip_of(x, K, width, ahead):
+    """How many rows make a strip: a multiple of eight, which are summed at a time."""
+    if ahead.elements == 0:
+        return STRIP if K % values_in(x, SET) != 0 else 8
+    return STRIP // 2 if STRIP // 2 * width <= 2 * ahead.elements else 8
 
 
 @function
 def column_sums(x, K, m0, m1, k0, lead, width, ahead, shifts, sums, squares, wide):
     """Per column of k0:k0+width, sums over rows m0:m1 of ``d = x - shift`` and of ``d * d``.
 
-    Eight rows at a time, or a `STRIP` of them where `ahead` does not say that they come from
-    memory: so that the running sums, which are in L1, are touched seldom. `lead` of the columns
-    come before the first boundary of 64 bytes.
+    A strip of rows at a time, so that the running sums, which are in L1, are touched seldom. `lead`
+    of the columns come before the first boundary of 64 bytes.
     """
     lead = min(lead, width)
     whole = width - (width - lead) % LANES
-    tall = STRIP if ahead == 0 and K % values_in(x, SET) != 0 else 8
-    ahead = rows_ahead(ahead, width, 8) * K
+    tall = strip_of(x, K, width, ahead)
+    reach = rows_ahead(ahead, width, tall) * K
     m = m0
     while m < m1:
         rows = min(tall, m1 - m)
         i, fresh = m * K + k0, m == m0
+        hint = ahead_of(ahead, reach, K, m + rows)
         if lead > 0:
-            add_strip(x, i, K, rows, ahead, 0, lead, shifts, fresh, sums, squares, wide)
+            add_strip(x, i, K, rows, hint, 0, lead, shifts, fresh, sums, squares, wide)
         for j in range(lead, whole, LANES):
-            add_strip(x, i + j, K, rows, ahead, j, LANES, shifts, fresh, sums, squares, wide)
+            add_strip(x, i + j, K, rows, hint, j, LANES, shifts, fresh, sums, squares, wide)
         if whole < width:
             count = width - whole
-            add_strip(
-                x, i + whole, K, rows, ahead, whole, count, shifts, fresh, sums, squares, wide
-            )
+            add_strip(x, i + whole, K, rows, hint, whole, count, shifts, fresh, sums, squares, wide)
         m += rows
 
 

@@ -189,12 +189,13 @@ def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
     # The chunks' rows are settled; narrower blocks of columns give more threads something to do.
     # But they are fetched less well, and equal shares of the rows need none.
     nbytes = M * C * L * itemsize
-    ahead, back = _hints(nbytes, itemsize)
-    if not ahead:
+    if not _hints(nbytes, itemsize)[0]:
         block = min(block, max(16, COLUMNS_IN_CACHE // L // 16 * 16))
     short = 0 if chunks % threads == 0 else 4 * threads
     while chunks * -(-C // block) < short and block * L >= 128 and block >= 32:
         block = block // 32 * 16
+    near = threads * caches().l2
+    ahead, back = (AHEAD // itemsize if n * nbytes > near else 0 for n in (1, 2))
     forward = _channel_block(M, C, L, itemsize, threads, 1)
     backward = _channel_block(M, C, L, itemsize, threads, 2)
     return Plan(
@@ -281,9 +282,12 @@ def streams_while_summed(view: View, x: Array, aligned_rows: bool, *written: Arr
     """`streams`, for what is stored in the backward pass that sums.
 
     There it is often several rows of columns at a time. These have to lie alike, and short ones are
-    not worth beginning in the middle of a vector.
+    not worth beginning in the middle of a vector. Where nothing is written, it says whether columns
+    are read from memory.
     """
     if view.columns:
+        if all(array is None for array in written):
+            return in_memory(2 * x.nbytes)
         row = view.C * view.L
         if row * x.itemsize % 64 != 0:
             return False

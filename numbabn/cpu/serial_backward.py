@@ -38,6 +38,7 @@ from numbabn.cpu.normalization import (
     spread_affine,
 )
 from numbabn.cpu.options import inline, kernel
+from numbabn.cpu.reduction_columns import Ahead
 from numbabn.cpu.reduction_planes import PLANE_FEW, PLANE_WORK, plane_scratch, reach_of
 from numbabn.cpu.runs import fits_cache
 from numbabn.cpu.serial_forward import add_carefully
@@ -113,8 +114,8 @@ def backward_sums_columns(
             spread_affine(pointer(table), C, c0, c1 - c0, L, columns)
             spread_block = c0
         column_grad_chunk(
-            io, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, lead, ahead, columns, relu,
-            streaming, aligned_after(pointer(work), lead), aligned_after(pointer(few), lead),
+            io, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, lead, Ahead(ahead, M), columns,
+            relu, streaming, aligned_after(pointer(work), lead), aligned_after(pointer(few), lead),
             space, partials, c0,
         )
         if finish and k == partials.chunks - 1:
@@ -278,8 +279,8 @@ def backward_columns(
         spread_affine(pointer(table), C, c0, c1 - c0, L, columns)
         for k in range(chunks):
             column_grad_chunk(
-                reading, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, lead, ahead, columns,
-                relu, False, aligned_after(pointer(work), lead),
+                reading, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, lead, Ahead(ahead, M),
+                columns, relu, False, aligned_after(pointer(work), lead),
                 aligned_after(pointer(few), lead), space, partials, 0,
             )
         for c in range(c0, c1, LANES):

@@ -36,7 +36,7 @@ from numbabn.cpu.normalization import (
     spread_affine,
 )
 from numbabn.cpu.options import inline, kernel
-from numbabn.cpu.reduction_columns import centers_from, column_chunk
+from numbabn.cpu.reduction_columns import Ahead, centers_from, column_chunk
 from numbabn.cpu.reduction_planes import (
     PLANE_FEW,
     PLANE_WORK,
@@ -90,7 +90,7 @@ def stats_columns(x, M, C, L, rows, block, ahead, numbers, start, stop):
         lead = lead_of(pointer(x), None, C * L, c0 * L, False)
         column_chunk(
             pointer(x), C, L, k, k * rows, min(M, (k + 1) * rows), c0, min(C, c0 + block),
-            centers_from(pointer(x), M), blocks == 1 and item > start, lead, ahead,
+            centers_from(pointer(x), M), blocks == 1 and item > start, lead, Ahead(ahead, M),
             aligned_after(pointer(work), lead), space, partials, c0,
         )
     return keep_alive(work)
@@ -322,7 +322,8 @@ def forward_columns(
         for k in range(chunks):
             column_chunk(
                 io.x, C, L, k, k * rows, min(M, (k + 1) * rows), c0, c1, centers_from(io.x, M),
-                k > 0, x_lead, ahead, aligned_after(pointer(work), x_lead), space, partials, 0,
+                k > 0, x_lead, Ahead(ahead, M), aligned_after(pointer(work), x_lead), space,
+                partials, 0,
             )
         for c in range(c0, c1, LANES):
             finish_training(io.x, partials, channels, c - c0, c, lanes_at(c, c1))
