@@ -26,7 +26,7 @@ from numbabn.cpu.memory import follows_sequences, load, offset, put, store, valu
 from numbabn.cpu.normalization import Columns, affine_at, lead_of
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reduction_columns import ahead_of, fold_all, rows_ahead, spread
-from numbabn.cpu.runs import along_columns
+from numbabn.cpu.runs import along_columns, fits_cache
 from numbabn.cpu.vector import LANES, blend, fma, splat64, widen
 
 
@@ -275,6 +275,7 @@ def sum_rows(
 
 
 # Elements of rows that are summed before they are written: x and g of them stay in a core's cache.
+# Else there are more in a piece, and hints end with the last.
 PIECE = 4096
 # Columns of whole rows from memory that are gone through one row after the other. Bytes of rows
 # that are not, where nothing is written; and for which hints are of no use, where the processor
@@ -283,9 +284,18 @@ MOST_IN_TURN = 512
 SHORT_ROW = 256
 # Bytes between lines that are in each other's way before they are full, or multiples of these.
 RIVALS = 2048
-# Rows in a strip of columns: half as many where they would be longer than hints reach, twice as
-# many where they are near and no rivals.
-TALL = 8
+# Rows in a strip of columns, and half as many where they are rivals; fewer where they would be
+# longer than hints reach.
+TALLEST, LOWEST = 16, 4
+
+
+@inline
+def grad_strip(width, rivals, ahead):
+    """How many rows make a strip."""
+    tall = TALLEST // 2 if rivals else TALLEST
+    while tall > LOWEST and tall * width > ahead.elements > 0:
+        tall //= 2
+    return tall
 
 
 @function
@@ -294,29 +304,25 @@ def column_grad_sums(
 ):
     """The same, past the caches if `streaming`; `ahead` says whether x and g are far from here.
 
-    Memory and large caches like to be read and written in one sequence. So what is written comes
-    row after row when a few were summed (measured, 12.8 MB in all: 0.65 to 1 of the time); or, of
-    rows of up to `MOST_IN_TURN` columns from memory, sums come in turn as well. Only what is near
-    is written as it is summed, and what is streamed if its lines are no rivals.
+    Memory and large caches like to be read and written in one sequence, and rows whose lines are
+    rivals have to be. So what is written comes row after row when a few were summed (measured, rows
+    of 2 to 8 KiB: 0.65 to 1 of the time); or, of rows of up to `MOST_IN_TURN` columns from memory,
+    sums come in turn as well. Only the rest is written as it is summed.
     """
     lead = min(lead, width)
-    near = ahead.elements == 0
     short = values_in(io.x, SHORT_ROW) >= K
-    in_turn = streaming and width == K and K <= MOST_IN_TURN and (writes(io) or not short)
     rivals = K % values_in(io.x, RIVALS) == 0
-    at_once = in_turn or not writes(io) or (not rivals if streaming else near)
-    tall = TALL
-    if near and not rivals:
-        tall = 2 * TALL
-    elif not near and TALL * width > ahead.elements:
-        tall = TALL // 2
-    reach = ahead.elements
+    in_turn = streaming and width == K and K <= MOST_IN_TURN and (writes(io) or not short)
+    at_once = in_turn or not writes(io)
+    if not rivals and (streaming or fits_cache(io.x, ahead.stop * K)):
+        at_once = True
+    tall, reach = grad_strip(width, rivals, ahead), ahead.elements
     if not in_turn:
         reach = rows_ahead(ahead, width, tall) * K
     elif follows_sequences() and short:
         reach = 0
     known = without_slopes(columns)
-    rows = tall * max(1, PIECE // (tall * width))
+    rows = tall * max(1, (8 * PIECE if at_once else PIECE) // (tall * width))
     for m in range(m0, m1, rows):
         end = min(m1, m + rows)
         piece = read_ahead(io, ahead_of(ahead, reach, K, end))

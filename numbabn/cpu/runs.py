@@ -84,7 +84,7 @@ def along_rows(run: Any) -> Any:
 
 
 # Bytes of an array that is found in cache together with another of its size, or two.
-MOST_IN_CACHE = 1 << 20
+MOST_IN_CACHE = 4 << 20
 
 
 @inline
