@@ -107,6 +107,32 @@ def test_alignment_and_place_in_memory_do_not_matter(set_threads):
     assert_same(results[0], results[2])
 
 
+@MODES
+@pytest.mark.parametrize("shape", [(48, 2048), (40, 4096)])
+def test_where_in_a_page_outputs_begin_does_not_matter(shape, training, set_threads):
+    # Threads part rows that are whole pages at the pages of what they write.
+    rng = np.random.default_rng(7)
+    x, dy = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    page = 4096
+    expected = None
+    for threads, begin in [(1, 0), (2, 0), (2, 16), (4, 500), (2, 512), (4, 1008), (2, 1023)]:
+        set_threads(threads)
+        results = []
+        for _ in range(2):
+            memory = np.full(x.nbytes + 2 * page, 0xAB, np.uint8)
+            first = -memory.ctypes.data % page + 4 * begin
+            out = memory[first : first + x.nbytes].view(np.float32).reshape(shape)
+            results.append((out, memory[:first], memory[first + x.nbytes :]))
+        (y, *around), (dx, *around_dx) = results
+        statistics = np.full(shape[1], 0.25, np.float32), np.full(shape[1], 2, np.float32)
+        _, saved = numbabn.batch_norm_forward(x, *statistics, training=training, out=y)
+        found = [*numbabn.batch_norm_backward(dy, saved, out=dx), y, *statistics]
+        assert all(np.all(memory == 0xAB) for memory in (*around, *around_dx))
+        if expected is None:
+            expected = found
+        assert_same(expected, found)
+
+
 def test_calls_from_several_python_threads_at_once():
     calls = [
         ("float32", (8, 3, 65, 127)),

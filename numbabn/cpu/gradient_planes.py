@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from numbabn.cpu.boundaries import elements_past_boundary
 from numbabn.cpu.channels import COUNT, GRAD_MEAN, OFFSET, SLOPE, SUM_DY, SUM_DY_XHAT, partial_of
 from numbabn.cpu.gradients import (
     Backward,
@@ -15,7 +16,7 @@ from numbabn.cpu.gradients import (
     read_pair,
     sum_part,
 )
-from numbabn.cpu.memory import elements_past_boundary, offset, put
+from numbabn.cpu.memory import offset, put
 from numbabn.cpu.normalization import affine_of, blend_affine
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reduction_planes import (

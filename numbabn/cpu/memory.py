@@ -23,6 +23,7 @@ from llvmlite import ir
 from numba.core import config, types
 from numba.extending import intrinsic, overload
 
+from numbabn.cpu.boundaries import boundary_of, elements_to_boundary
 from numbabn.cpu.options import inline
 from numbabn.cpu.vector import (
     DOUBLE,
@@ -145,11 +146,6 @@ def offset(typingctx: Any, source: Any, index: Any) -> Any:
     return source(source, types.int64), codegen
 
 
-def _boundary(pointer: Any) -> int:
-    """Bytes that the address of a streaming store has to be a multiple of."""
-    return int(min(64, LANES * pointer.dtype.bitwidth // 8))
-
-
 @intrinsic
 def load(typingctx: Any, source: Any, index: Any) -> Any:
     """``source[index : index + 16]``."""
@@ -203,7 +199,7 @@ def stream(typingctx: Any, target: Any, index: Any, value: Any) -> Any:
             same = ir.FunctionType(encoded.type, [encoded.type])
             encoded = builder.asm(same, "", "=x,0", [encoded], side_effect=False)
         place = _at(builder, args[0], args[1], encoded.type)
-        instruction = builder.store(encoded, place, align=_boundary(target))
+        instruction = builder.store(encoded, place, align=boundary_of(target))
         instruction.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
         return context.get_dummy_value()
 
@@ -309,40 +305,6 @@ def prefetch(typingctx: Any, source: Any, index: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(source, types.int64), codegen
-
-
-def _past_boundary(builder: Any, source: Any, pointer: Any, index: Any) -> Any:
-    """Elements from the last boundary that `stream` may store at, up to ``pointer[index]``."""
-    address = builder.ptrtoint(builder.gep(pointer, [index]), I64)
-    size = source.dtype.bitwidth // 8
-    return builder.lshr(
-        builder.and_(address, I64(_boundary(source) - 1)), I64(size.bit_length() - 1)
-    )
-
-
-@intrinsic
-def elements_past_boundary(typingctx: Any, source: Any, index: Any) -> Any:
-    """Elements from the last boundary that `stream` may store at, up to ``source[index]``.
-
-    Fewer than 16: the boundaries of vectors of 16-bit values are multiples of 32 bytes, else of 64.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _past_boundary(builder, source, *args)
-
-    return types.int64(source, types.int64), codegen
-
-
-@intrinsic
-def elements_to_boundary(typingctx: Any, source: Any, index: Any) -> Any:
-    """Elements from ``source[index]`` to the next such boundary; 0 if it is on one."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        per_boundary = I64(_boundary(source) // (source.dtype.bitwidth // 8))
-        past = _past_boundary(builder, source, *args)
-        return builder.and_(builder.neg(past), builder.sub(per_boundary, I64(1)))
-
-    return types.int64(source, types.int64), codegen
 
 
 @intrinsic

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from numbabn.cpu import narrow
+from numbabn.cpu.boundaries import PAGE
 from numbabn.cpu.caches import caches, in_memory, last_share
 from numbabn.cpu.launch import PARALLEL_FROM, threads_for
 from numbabn.cpu.memory import AHEAD
@@ -42,10 +43,6 @@ FAST_LAST = 128 << 20
 # make up for reading shorter ones (measured: half to twice the time at 512 bytes).
 SHORTEST_PIECE = 3 << 10
 SHORTEST_PIECE_IN_CACHE = 1 << 10
-# Bytes over whose ends no hardware prefetcher reads. Where two threads' pieces of rows share one,
-# either's prefetchers take lines that the other writes: 196 rows of 512 columns took two threads
-# 27 to 148 us so, depending on what it costs that day to move a line, and 22 us a single one.
-PAGE = 4 << 10
 # Values of columns from which on a second thread pays in the forward pass where its share of a row
 # is less than that, so that rows are shared out, and sums have to change hands.
 SHARED_ROWS_FROM = 1 << 17

@@ -32,7 +32,7 @@ from numbabn.cpu.normalization import (
     COLUMN_ROWS,
     aligned_after,
     columns_of,
-    first_of,
+    piece_of,
     runs_on,
     shift_of,
     spread_affine,
@@ -96,18 +96,20 @@ def backward_sums_columns(
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, None)
     partials = partials_of(numbers)
     shift = shift_of(written(io), io.bits, C, L) if finish else 0
-    space = room((block + shift) * L)
+    space = room(block * L)
     work = np.empty(2 * space + 2 * LANES)
     few = empty_like_computed(io.x, 4 * space + 2 * LANES)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + 2 * LANES)
     lead, columns = 0, columns_of(pointer(buffer), space, 0)
     spread_block = -1
     blocks = (C + block - 1) // block
-    each = partials.chunks if finish else 1
+    each = 2 * partials.chunks if finish else 1
     for item in range(start * each, stop * each):
-        k = item % each if finish else item // blocks
-        b = item // each if finish else item % blocks
-        c0, c1 = first_of(b, block, C, shift), first_of(b + 1, block, C, shift)
+        k = item % partials.chunks if finish else item // blocks
+        step = item // partials.chunks if finish else 2 * (item % blocks)
+        c0, c1 = piece_of(step, block, C, shift)
+        if c0 == c1:
+            continue
         if c0 != spread_block:
             lead = grad_lead(io, C * L, c0 * L, streaming)
             columns = columns_of(pointer(buffer), space, lead)
@@ -265,15 +267,16 @@ def backward_columns(
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, if_needed(block * L))
     reading = Backward(io.grad_output, io.x, io.bits, None, None, None)
     shift = shift_of(written(io), io.bits, C, L)
-    widest = block + shift
-    space = room(widest * L)
+    space = room(block * L)
     work = np.empty(2 * space + 2 * LANES)
     few = empty_like_computed(io.x, 4 * space + 2 * LANES)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + 2 * LANES)
-    numbers = np.empty(chunks * BACKWARD_FIELDS * widest)
-    partials = Partials(pointer(numbers), BACKWARD_FIELDS, widest, chunks)
-    for item in range(start, stop):
-        c0, c1 = first_of(item, block, C, shift), first_of(item + 1, block, C, shift)
+    numbers = np.empty(chunks * BACKWARD_FIELDS * block)
+    partials = Partials(pointer(numbers), BACKWARD_FIELDS, block, chunks)
+    for step in range(2 * start, 2 * stop):
+        c0, c1 = piece_of(step, block, C, shift)
+        if c0 == c1:
+            continue
         lead = grad_lead(io, C * L, c0 * L, streaming)
         columns = columns_of(pointer(buffer), space, lead)
         spread_affine(pointer(table), C, c0, c1 - c0, L, columns)

@@ -26,11 +26,11 @@ from numbabn.cpu.normalization import (
     Forward,
     aligned_after,
     columns_of,
-    first_of,
     lead_of,
     normalize_rows,
     normalize_run,
     normalize_runs,
+    piece_of,
     runs_on,
     shift_of,
     spread_affine,
@@ -308,14 +308,15 @@ def forward_columns(
     io = forward_io(x, residual, bits, out, if_needed(block * L))
     channels = channels_of(weight, bias, running_mean, running_var, momentum, eps, table)
     shift = shift_of(io.out, io.bits, C, L)
-    widest = block + shift
-    space = room(widest * L)
+    space = room(block * L)
     work = np.empty(6 * space + 2 * LANES)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + 2 * LANES)
-    numbers = np.empty(chunks * FORWARD_FIELDS * widest)
-    partials = Partials(pointer(numbers), FORWARD_FIELDS, widest, chunks)
-    for item in range(start, stop):
-        c0, c1 = first_of(item, block, C, shift), first_of(item + 1, block, C, shift)
+    numbers = np.empty(chunks * FORWARD_FIELDS * block)
+    partials = Partials(pointer(numbers), FORWARD_FIELDS, block, chunks)
+    for step in range(2 * start, 2 * stop):
+        c0, c1 = piece_of(step, block, C, shift)
+        if c0 == c1:
+            continue
         x_lead = lead_of(io.x, None, C * L, c0 * L, False)
         lead = lead_of(io.out, io.bits, C * L, c0 * L, streaming)
         columns = columns_of(pointer(buffer), space, lead)
