@@ -149,8 +149,7 @@ def _backward_sums(
     else:
         sums = np.empty((0, 0), own_type)
     partials = np.empty((plan.chunks, BACKWARD_FIELDS, view.C))
-    written = (grad_input, grad_residual)
-    streaming = schedule.streams_while_summed(view, x, bits is not None, *written)
+    streaming = schedule.streams_while_summed(view, x, bits is not None, grad_input, grad_residual)
     launch.run(
         "backward_sums_", plan, items, grad_output, x, bits, grad_input, grad_residual, *sizes,
         narrow.repeat(table, times), partials, sums, finish, relu, streaming,

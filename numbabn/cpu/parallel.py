@@ -199,7 +199,7 @@ def backward_meeting_columns(
     for part in prange(parts):
         serial.backward_sums_columns(
             grad_output, x, bits, None, None, M, C, L, rows, block, ahead, table, partials, sums,
-            False, relu, False, share(chunk_items, parts, part),
+            False, relu, streaming, share(chunk_items, parts, part),
             share(chunk_items, parts, part + 1),
         )
     serial.finish_sums(x, partials, table, sums, slopes)

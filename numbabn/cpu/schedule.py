@@ -275,7 +275,9 @@ def streams(
     return not aligned_rows or (addresses[0] == 0 and row % 64 == 0)
 
 
-def streams_while_summed(view: View, x: Array, aligned_rows: bool, *written: Array | None) -> bool:
+def streams_while_summed(
+    view: View, x: Array, aligned_rows: bool, grad_input: Array | None, grad_residual: Array | None
+) -> bool:
     """`streams`, for what is stored in the backward pass that sums.
 
     There it is often several rows of columns at a time. These have to lie alike, and short ones are
@@ -283,13 +285,13 @@ def streams_while_summed(view: View, x: Array, aligned_rows: bool, *written: Arr
     are read from memory.
     """
     if view.columns:
-        if all(array is None for array in written):
+        if grad_input is None and grad_residual is None:
             return in_memory(2 * x.nbytes)
         row = view.C * view.L
         if row * x.itemsize % 64 != 0:
             return False
         aligned_rows = aligned_rows or row < LONG_ROW
-    return streams(view, x.nbytes, 2, aligned_rows, *written)
+    return streams(view, x.nbytes, 2, aligned_rows, grad_input, grad_residual)
 
 
 def shared_from(view: View, itemsize: int, backward: bool) -> int:
