@@ -130,9 +130,9 @@ def add_strip(x, i, K, rows, ahead, j, count, shifts, fresh, sums, squares, wide
 # near: of twice as many, hardware prefetchers take rows beyond the last, which belong to other
 # arrays, and take these from the thread that writes them (measured: 196 rows of 512 columns, 28 to
 # 71 us instead of 14). Half as many where they are far, and hints run a strip ahead (12.8 MB:
-# 0.8 of the time that strips of 8 take), but only 8 where that is too far, or where lines of all
-# rows fall into one set of the fastest cache, which are so many bytes apart there (10 cycles a
-# vector instead of 7; elsewhere 4.5 to 6.2 instead of 5.5 to 6.6).
+# 0.8 of the time that strips of 8 take). Only 8 where a strip would be too long for that, and of
+# near ones where lines of all rows fall into one set of the fastest cache, which are so many bytes
+# apart there (10 cycles a vector instead of 7; elsewhere 4.5 to 6.2 instead of 5.5 to 6.6).
 STRIP = 32
 SET = 4096
 

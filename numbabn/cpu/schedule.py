@@ -105,7 +105,7 @@ def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
     # A channel's second look finds it in cache; but every thread should have channels to do.
     channels = C if threads == 1 or 4 * threads <= C or C % threads == 0 else 0
     nbytes = N * C * L * itemsize
-    ahead, back = _hints(nbytes, itemsize)
+    ahead, back = (AHEAD // itemsize if _may_be_far(n * nbytes) else 0 for n in (2, 3))
     channel_sizes = (N, C, L, rows, segment, chunks, group)
     return Plan(
         "planes",
@@ -125,16 +125,14 @@ def _plan_planes(view: View, itemsize: int, threads: int) -> Plan:
     )
 
 
-def _hints(nbytes: int, itemsize: int) -> tuple[int, int]:
-    """How many elements ahead to fetch x of so many bytes, in the forward and the backward pass.
+def _may_be_far(nbytes: int) -> bool:
+    """Whether some of so many bytes, all arrays of a pass, may have to come from memory.
 
-    0 for what is surely in cache. Hints are needed long before arrays outgrow the last cache, as
-    others fill it too, on a virtual machine always (measured, 6.4 MB each on a cache of 32:
-    training and the backward sums take 1.2 to 1.9 times as long without them where that is so, and
-    0.95 to 1.1 where it is not).
+    So it is long before they outgrow the last cache, as others fill it too, on a virtual machine
+    always (measured, 6.4 MB each on a cache of 32: training and the backward sums take 1.2 to 1.9
+    times as long without hints where that is so, and 0.95 to 1.1 where it is not).
     """
-    forward, backward = (AHEAD // itemsize if in_memory(n * nbytes * 8 // 3) else 0 for n in (2, 3))
-    return forward, backward
+    return in_memory(nbytes * 8 // 3)
 
 
 def _group(N: int, L: int, itemsize: int) -> int:
@@ -186,7 +184,7 @@ def _plan_columns(view: View, itemsize: int, threads: int) -> Plan:
     # The chunks' rows are settled; narrower blocks of columns give more threads something to do.
     # But they are fetched less well, and equal shares of the rows need none.
     nbytes = M * C * L * itemsize
-    if not _hints(nbytes, itemsize)[0]:
+    if not _may_be_far(2 * nbytes):
         block = min(block, max(16, COLUMNS_IN_CACHE // L // 16 * 16))
     short = 0 if chunks % threads == 0 else 4 * threads
     while chunks * -(-C // block) < short and block * L >= 128 and block >= 32:
