@@ -14,8 +14,9 @@ from numbabn.cpu import caches, launch, schedule, serial
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 # Planes that are columns to sums (4×4, 5×5), planes that are summed in pairs of rows and a last row
 # (7×7), planes with an end that is no vector, with none, and of a few channels; channels last, in
-# whole vectors and not; long rows, of one block of columns and a short one; rows 2 KiB or
-# a multiple apart, which are summed before they are stored (`gradient_columns.RIVALS`).
+# whole vectors, which go on from row to row, and not; long rows, of one block of columns and a
+# short one; rows 2 KiB or a multiple apart, which are summed before they are stored
+# (`gradient_columns.RIVALS`).
 SHAPES = {
     "4x4": ((104, 40, 4, 4), 1),
     "5x5": ((56, 48, 5, 5), 1),
@@ -24,6 +25,7 @@ SHAPES = {
     "16x16": ((29, 9, 16, 16), 1),
     "chunks": ((4, 3, 7001), 1),
     "channels last": ((35, 40, 48), -1),
+    "64 channels last": ((26, 40, 64), -1),
     "odd channels last": ((45, 40, 37), -1),
     "long rows": ((13, 5, 1056), -1),
     "rival rows": ((13, 5, 1024), -1),

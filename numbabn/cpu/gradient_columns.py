@@ -23,9 +23,9 @@ from numbabn.cpu.gradients import (
     sum_part,
 )
 from numbabn.cpu.memory import follows_sequences, load, offset, put, store, values_in
-from numbabn.cpu.normalization import Columns, affine_at, lead_of
+from numbabn.cpu.normalization import Columns, affine_at, lead_of, spread_round
 from numbabn.cpu.options import function, inline
-from numbabn.cpu.reduction_columns import ahead_of, fold_all, rows_ahead, spread
+from numbabn.cpu.reduction_columns import ahead_of, fold_all, rows_ahead
 from numbabn.cpu.runs import along_columns, fits_cache
 from numbabn.cpu.vector import LANES, blend, fma, splat64, widen
 
@@ -33,9 +33,9 @@ from numbabn.cpu.vector import LANES, blend, fma, splat64, widen
 @function
 def spread_slopes(slopes, C, c0, c1, L, columns):
     """Fill in the `slopes` of channels c0:c1."""
-    spread(offset(slopes, GRAD_MEAN * C + c0), c1 - c0, L, columns.grad_mean)
-    spread(offset(slopes, SLOPE * C + c0), c1 - c0, L, columns.slope)
-    spread(offset(slopes, OFFSET * C + c0), c1 - c0, L, columns.offset)
+    spread_round(offset(slopes, GRAD_MEAN * C + c0), c1 - c0, L, columns.grad_mean)
+    spread_round(offset(slopes, SLOPE * C + c0), c1 - c0, L, columns.slope)
+    spread_round(offset(slopes, OFFSET * C + c0), c1 - c0, L, columns.offset)
 
 
 @inline
@@ -64,7 +64,7 @@ def writes(io):
 @inline
 def grad_lead(io, K, k0, streaming):
     """`lead_of`, for what is `written`."""
-    return lead_of(written(io), io.bits, K, k0, streaming)
+    return lead_of(written(io), io.bits, K, k0, streaming and writes(io))
 
 
 @inline

@@ -21,6 +21,7 @@ from numbabn.cpu.memory import (
     offset,
     prefetch,
     put,
+    store,
     values_in,
 )
 from numbabn.cpu.options import function, inline
@@ -251,13 +252,20 @@ def columns_of(buffer, space, lead):
     )
 
 
+@inline
+def spread_round(values, count, L, out):
+    """`spread`, and the first 16 columns again after the last."""
+    spread(values, count, L, out)
+    store(out, count * L, load(out, 0))
+
+
 @function
 def spread_affine(table, C, c, count, L, columns):
     """Fill in what a table of C channels says of channels c:c+count."""
-    spread(offset(table, MEAN * C + c), count, L, columns.mean)
-    spread(offset(table, SCALE * C + c), count, L, columns.scale)
-    spread(offset(table, SHIFT * C + c), count, L, columns.shift)
-    spread(offset(table, UNIT * C + c), count, L, columns.unit)
+    spread_round(offset(table, MEAN * C + c), count, L, columns.mean)
+    spread_round(offset(table, SCALE * C + c), count, L, columns.scale)
+    spread_round(offset(table, SHIFT * C + c), count, L, columns.shift)
+    spread_round(offset(table, UNIT * C + c), count, L, columns.unit)
 
 
 @inline

@@ -96,10 +96,41 @@ def fits_cache(source, size):
 def along_columns(numbers_at: Any, head_of: Any, put_part: Any, read: Any, write: Any) -> Any:
     """The walk along rows of columns, of a pass that is given by five functions.
 
-    ``numbers_at(columns, j)`` is what columns j:j+16 are computed with; ``read(io, i, bit, numbers,
-    how)`` loads 16 elements, and ``write(io, i, bit, value, numbers, how, streaming)`` stores what
-    becomes of them. For the others see `along_planes`.
+    ``numbers_at(columns, j)`` is what columns j:j+16 are computed with, where after the last come
+    the first again; ``read(io, i, bit, numbers, how)`` loads 16 elements, and ``write(io, i, bit,
+    value, numbers, how, streaming)`` stores what becomes of them. For the rest see `along_planes`.
     """
+
+    @function
+    def whole_rows(io, K, i, end, columns, how):
+        """Elements i:end, from the first column on, past the caches.
+
+        Vectors go on from one row into the next, so K has to be a multiple of 16. Pieces of rows
+        that are written to the caches would have to be fetched first, and send away the rest of
+        their lines where vectors are half of one (measured, rows of 64 16-bit values that begin 16
+        bytes past a boundary, eval forward: three times as long).
+        """
+        j = head_of(io, i, end, True)
+        if j > 0:
+            put_part(io, i, 0, j, numbers_at(columns, 0), how)
+            i += j
+        while i + LANES <= end:
+            while j < K and i + LANES <= end:
+                numbers = numbers_at(columns, j)
+                write(io, i, 0, read(io, i, 0, numbers, how), numbers, how, True)
+                i += LANES
+                j += LANES
+            if j >= K:
+                j -= K
+        if i < end:
+            put_part(io, i, 0, end - i, numbers_at(columns, j), how)
+
+    @inline
+    def may_go_on(io, K, width):
+        """Whether vectors may go on from one row into the next."""
+        if io.bits is None:
+            return width == K and K % LANES == 0
+        return False
 
     @function
     def rows(io, K, m0, m1, k0, lead, width, columns, how, in_cache, streaming):
@@ -111,6 +142,9 @@ def along_columns(numbers_at: Any, head_of: Any, put_part: Any, read: Any, write
         """
         row_bits = (K + LANES - 1) // LANES
         m = m0
+        if streaming and may_go_on(io, K, width):
+            whole_rows(io, K, m0 * K, m1 * K, columns, how)
+            m = m1
         while m < m1:
             i = m * K + k0
             bit = m * row_bits + k0 // LANES
