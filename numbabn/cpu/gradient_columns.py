@@ -13,14 +13,14 @@ from numbabn.cpu.channels import (
     partial_of,
 )
 from numbabn.cpu.gradients import (
-    Backward,
     Slopes,
     gradient_end,
     gradient_head,
+    only_read,
     put_pair,
-    read_ahead,
     read_pair,
     sum_part,
+    with_hints,
 )
 from numbabn.cpu.memory import follows_sequences, load, offset, put, store, values_in
 from numbabn.cpu.normalization import Columns, affine_at, lead_of, spread_round
@@ -314,7 +314,8 @@ def column_grad_sums(
     rivals = K % values_in(io.x, RIVALS) == 0
     in_turn = streaming and width == K and K <= MOST_IN_TURN and (writes(io) or not short)
     at_once = in_turn or not writes(io)
-    if not rivals and (streaming or fits_cache(io.x, ahead.stop * K)):
+    near = streaming or fits_cache(io.x, ahead.stop * K)
+    if near and not rivals:
         at_once = True
     tall, reach = grad_strip(width, rivals, ahead), ahead.elements
     if not in_turn:
@@ -325,21 +326,22 @@ def column_grad_sums(
     rows = tall * max(1, (8 * PIECE if at_once else PIECE) // (tall * width))
     for m in range(m0, m1, rows):
         end = min(m1, m + rows)
-        piece = read_ahead(io, ahead_of(ahead, reach, K, end))
+        hint = ahead_of(ahead, reach, K, end)
         if at_once:
             sum_rows(
-                piece, K, m, end, k0, lead, width, in_turn, tall, columns, relu, streaming, sums,
-                products, few,
+                with_hints(io, hint, None), K, m, end, k0, lead, width, in_turn, tall, columns,
+                relu, streaming, sums, products, few,
             )  # fmt: skip
         else:
-            reading = Backward(io.grad_output, io.x, io.bits, None, None, piece.ahead)
             sum_rows(
-                reading, K, m, end, k0, lead, width, False, tall, columns, relu, False, sums,
-                products, few,
+                only_read(io, hint), K, m, end, k0, lead, width, False, tall, columns, relu, False,
+                sums, products, few,
             )  # fmt: skip
+            target_hint = 0 if near else hint
             gradient_rows(
-                read_ahead(io, None), K, m, end, k0, lead, width, known, relu, False, streaming
-            )
+                with_hints(io, None, target_hint), K, m, end, k0, lead, width, known, relu, False,
+                streaming,
+            )  # fmt: skip
 
 
 @function

@@ -5,16 +5,16 @@ import numpy as np
 from numbabn.cpu.boundaries import elements_past_boundary
 from numbabn.cpu.channels import COUNT, GRAD_MEAN, OFFSET, SLOPE, SUM_DY, SUM_DY_XHAT, partial_of
 from numbabn.cpu.gradients import (
-    Backward,
     Slopes,
     gradient_end,
     gradient_head,
     gradient_part,
+    only_read,
     put_gradient,
     put_pair,
-    read_ahead,
     read_pair,
     sum_part,
+    with_hints,
 )
 from numbabn.cpu.memory import offset, put
 from numbabn.cpu.normalization import affine_of, blend_affine
@@ -85,7 +85,7 @@ def add_short_grads(io, i, K, L, channels, lane, table, C, c, relu, streaming, f
     turn = i + L
     total, products = zero, zero
     if lane > 0:
-        reading = Backward(io.grad_output, io.x, io.bits, None, None, None)
+        reading = only_read(io, None)
         affine = affine_of(io.x, table, C, c)
         part, part_products = add_vector(reading, i - lane, K, 0, affine, relu, False, zero, zero)
         total, products = blend(lane, zero, part), blend(lane, zero, part_products)
@@ -174,9 +174,9 @@ def add_pair_grads(io, C, L, c0, c1, n, table, relu, streaming, apart, few):
     if not apart:
         add_short_grads(io, i, K, L, c1 - c0, lane, table, C, c0, relu, streaming, few)
     else:
-        reading = Backward(io.grad_output, io.x, io.bits, None, None, io.ahead)
+        reading = only_read(io, io.ahead)
         add_short_grads(reading, i, K, L, c1 - c0, lane, table, C, c0, relu, False, few)
-        storing = Backward(io.grad_output, io.x, io.bits, io.grad_input, io.grad_residual, None)
+        storing = with_hints(io, None, None)
         for row in range(2):
             first = i + row * K
             end = first + (c1 - c0) * L
@@ -299,23 +299,25 @@ def store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, fresh, scr
 
 @function
 def plane_grad_chunk(
-    io, reach, C, L, c0, c1, k, n0, n1, l0, l1, table, relu, streaming, scratch, partials, at
-):
+    io, reach, C, L, c0, c1, k, n0, n1, l0, l1, table, relu, ask_targets, streaming, scratch,
+    partials, at,
+):  # fmt: skip
     """Sums of the k-th chunk of channels c0:c1, into `partials` from place `at` on.
 
-    The chunk is rows n0:n1, columns l0:l1. Stores what eval mode knows.
+    The chunk is rows n0:n1, columns l0:l1. Stores what eval mode knows; with hints if
+    `ask_targets`.
     """
     apart = streaming and not rows_aligned(io, L)
     folded = together(io, L, l0, l1)
     n = n0
     while n < n1:
         ahead = reach_from(reach, n)
-        own, fresh = read_ahead(io, ahead), n == n0
+        own, fresh = with_hints(io, ahead, ahead if ask_targets else 0), n == n0
         if folded and in_pairs(L) and n + 2 <= n1:
             add_pair_grads(own, C, L, c0, c1, n, table, relu, streaming, apart, scratch.few)
             n += 1
         elif apart:
-            reading = Backward(io.grad_output, io.x, io.bits, None, None, ahead)
+            reading = only_read(io, ahead)
             store_eval_row(io, reading, C, L, c0, c1, n, l0, l1, table, relu, fresh, scratch)
         else:
             add_row_grads(own, C, L, c0, c1, n, l0, l1, table, relu, streaming, fresh, scratch, 0)

@@ -14,7 +14,7 @@ vectors at a time are summed as they are, then in float64. Then
 from typing import Any, NamedTuple
 
 from numbabn.cpu.memory import load, load_first, put
-from numbabn.cpu.normalization import ask_ahead, head_of
+from numbabn.cpu.normalization import ask_ahead, ask_target, head_of
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.vector import LANES, fma, keep, positive_bits, splat_like
 
@@ -23,7 +23,8 @@ class Backward(NamedTuple):
     """Pointers to what the backward pass reads and writes; all but the first two may be None.
 
     Each vector of x and grad_output is read together with a hint that those `ahead` elements on
-    will be, unless that is None or 0.
+    will be, and each of the gradients written together with one for those `target_ahead` on, unless
+    these are None (or 0, of what is read).
     """
 
     grad_output: Any
@@ -32,6 +33,7 @@ class Backward(NamedTuple):
     grad_input: Any
     grad_residual: Any
     ahead: Any
+    target_ahead: Any
 
 
 class Slopes(NamedTuple):
@@ -43,8 +45,15 @@ class Slopes(NamedTuple):
 
 
 @inline
-def read_ahead(io, ahead):
-    return Backward(io.grad_output, io.x, io.bits, io.grad_input, io.grad_residual, ahead)
+def with_hints(io, ahead, target_ahead):
+    return Backward(
+        io.grad_output, io.x, io.bits, io.grad_input, io.grad_residual, ahead, target_ahead
+    )
+
+
+@inline
+def only_read(io, ahead):
+    return Backward(io.grad_output, io.x, io.bits, None, None, ahead, None)
 
 
 @inline
@@ -84,6 +93,8 @@ def gradient(g, xmu, affine, slopes):
 @inline
 def put_pair(io, i, count, g, xmu, affine, slopes, streaming):
     """Store `count` lanes of the gradients."""
+    ask_target(io.grad_residual, i, io.target_ahead)
+    ask_target(io.grad_input, i, io.target_ahead)
     put(io.grad_residual, i, count, g, streaming)
     put(io.grad_input, i, count, gradient(g, xmu, affine, slopes), streaming)
 

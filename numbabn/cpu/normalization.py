@@ -40,8 +40,9 @@ from numbabn.cpu.vector import (
 class Forward(NamedTuple):
     """Pointers to what the forward pass reads and writes; `residual` and `bits` may be None.
 
-    Each vector of x is read together with a hint that the one `ahead` elements on will be, unless
-    that is None or 0.
+    Each vector of x is read together with a hint that the one `ahead` elements on will be, and each
+    of out written together with one for that `target_ahead` on, unless these are None (or 0, of
+    what is read).
     """
 
     x: Any
@@ -49,6 +50,7 @@ class Forward(NamedTuple):
     bits: Any
     out: Any
     ahead: Any
+    target_ahead: Any
 
 
 class Affine(NamedTuple):
@@ -72,6 +74,19 @@ def ask_ahead(source, i, ahead):
 
 
 @inline
+def ask_target(target, i, ahead):
+    """The same for what is written, which a processor fetches first.
+
+    To be read, as it were: what asks for lines to be written takes them to L1 (measured, 6.4 MB
+    each and 19 in all, more than is left of the last cache: eval backward 0.7 of the time of
+    without; with that other instruction, 0.95).
+    """
+    if target is not None:  # noqa: SIM102 - see `head_of`
+        if ahead is not None:
+            prefetch(target, i + ahead)
+
+
+@inline
 def normalized(io, i, affine):
     """16 lanes of the result, before the ReLU."""
     ask_ahead(io.x, i, io.ahead)
@@ -83,6 +98,7 @@ def normalized(io, i, affine):
 def put_normalized(io, i, bit, value, floor, streaming):
     """Store 16 lanes, and number `bit` of the bits."""
     note_bits(io.bits, bit, value)
+    ask_target(io.out, i, io.target_ahead)
     put(io.out, i, LANES, clip_below(value, floor), streaming)
 
 

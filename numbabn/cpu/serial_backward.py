@@ -20,7 +20,7 @@ from numbabn.cpu.gradient_columns import (
     written,
 )
 from numbabn.cpu.gradient_planes import gradient_run, gradient_runs, plane_grad_chunk
-from numbabn.cpu.gradients import Backward
+from numbabn.cpu.gradients import Backward, only_read, with_hints
 from numbabn.cpu.memory import (
     empty_like_computed,
     if_needed,
@@ -52,7 +52,7 @@ from numbabn.cpu.vector import LANES, splat64
 def backward_io(grad_output, x, bits, grad_input, grad_residual, ahead):
     return Backward(
         pointer(grad_output), pointer(x), pointer(bits), pointer(grad_input),
-        pointer(grad_residual), ahead,
+        pointer(grad_residual), ahead, None,
     )
 
 
@@ -70,6 +70,7 @@ def backward_sums_planes(
     work = np.empty(PLANE_WORK + LANES)
     few = empty_like_computed(io.x, PLANE_FEW + LANES)
     each = partials.chunks if finish else 1
+    ask_targets = not streaming and not fits_cache(io.x, N * C * L)
     for item in range(start * each, stop * each):
         k = item % partials.chunks
         c0 = (item // partials.chunks) * group
@@ -77,8 +78,8 @@ def backward_sums_planes(
         n0, l0 = chunk_of(k, rows, L, segment)
         plane_grad_chunk(
             io, reach_of(ahead, N, C * L, (c1 - c0) * L), C, L, c0, c1, k, n0, min(N, n0 + rows),
-            l0, min(L, l0 + segment), pointer(table), relu, streaming, plane_scratch(few, work),
-            partials, c0,
+            l0, min(L, l0 + segment), pointer(table), relu, ask_targets, streaming,
+            plane_scratch(few, work), partials, c0,
         )
         if finish and k == partials.chunks - 1:
             finish_backward(
@@ -231,12 +232,13 @@ def backward_planes(
 ):
     """Training, channels start:stop: a group is summed, then differentiated while in cache."""
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, elements_ahead)
-    reading = Backward(io.grad_output, io.x, io.bits, None, None, None)
+    reading = only_read(io, None)
     numbers = np.empty(chunks * BACKWARD_FIELDS * LANES)
     partials = Partials(pointer(numbers), BACKWARD_FIELDS, LANES, chunks)
     work = np.empty(PLANE_WORK + LANES)
     few = empty_like_computed(io.x, PLANE_FEW + LANES)
     row_bits = (L + LANES - 1) // LANES
+    ask_targets = not streaming and not fits_cache(io.x, N * C * L)
     for c0 in range(start, stop, group):
         c1 = min(stop, c0 + group)
         reach = reach_of(ahead, N, C * L, (c1 - c0) * L)
@@ -244,15 +246,16 @@ def backward_planes(
             n0, l0 = chunk_of(k, rows, L, segment)
             plane_grad_chunk(
                 reading, reach, C, L, c0, c1, k, n0, min(N, n0 + rows), l0, min(L, l0 + segment),
-                pointer(table), relu, False, plane_scratch(few, work), partials, 0,
+                pointer(table), relu, False, False, plane_scratch(few, work), partials, 0,
             )
         finish_backward(
             io.x, partials, C, 0, c0, c1 - c0, pointer(table), pointer(sums), pointer(slopes)
         )
         for n in range(N - 1, -1, -1):
             row = n * C + c0
+            asking = with_hints(io, io.ahead, -C * L if ask_targets and n > 0 else 0)
             gradient_run(
-                io, row * L, (row + c1 - c0) * L, (row + 1) * L, L, row * row_bits,
+                asking, row * L, (row + c1 - c0) * L, (row + 1) * L, L, row * row_bits,
                 pointer(table), pointer(slopes), C, c0, relu, streaming,
             )
     return keep_alive(numbers) + keep_alive(work) + keep_alive(few)
@@ -265,7 +268,7 @@ def backward_columns(
 ):
     """Training, blocks of channels start:stop, summed, then differentiated while in cache."""
     io = backward_io(grad_output, x, bits, grad_input, grad_residual, if_needed(block * L))
-    reading = Backward(io.grad_output, io.x, io.bits, None, None, None)
+    reading = only_read(io, None)
     shift = shift_of(written(io), io.bits, C, L)
     space = room(block * L)
     work = np.empty(2 * space + 2 * LANES)

@@ -53,7 +53,12 @@ from numbabn.cpu.vector import LANES, splat64
 
 @inline
 def forward_io(x, residual, bits, out, ahead):
-    return Forward(pointer(x), pointer(residual), pointer(bits), pointer(out), ahead)
+    return Forward(pointer(x), pointer(residual), pointer(bits), pointer(out), ahead, None)
+
+
+@inline
+def with_target_ahead(io, target_ahead):
+    return Forward(io.x, io.residual, io.bits, io.out, io.ahead, target_ahead)
 
 
 # --- statistics -------------------------------------------------------------------------------
@@ -280,6 +285,7 @@ def forward_planes(
     work = np.empty(PLANE_WORK + LANES)
     few = empty_like_computed(io.x, PLANE_FEW + LANES)
     row_bits = (L + LANES - 1) // LANES
+    ask_targets = not streaming and not fits_cache(io.x, N * C * L)
     for c0 in range(start, stop, group):
         c1 = min(stop, c0 + group)
         reach = reach_of(ahead, N, C * L, (c1 - c0) * L)
@@ -292,8 +298,9 @@ def forward_planes(
         finish_training(io.x, partials, channels, 0, c0, c1 - c0)
         for n in range(N - 1, -1, -1):  # what was summed last is still in cache
             row = n * C + c0
+            asking = with_target_ahead(io, -C * L if ask_targets and n > 0 else 0)
             normalize_run(
-                io, row * L, (row + c1 - c0) * L, (row + 1) * L, L, row * row_bits,
+                asking, row * L, (row + c1 - c0) * L, (row + 1) * L, L, row * row_bits,
                 channels.table, None, C, c0, floor, streaming,
             )
     return keep_alive(numbers) + keep_alive(work) + keep_alive(few)
