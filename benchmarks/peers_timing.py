@@ -21,9 +21,9 @@ __all__ = ["Timing", "race"]
 
 MIN_SECONDS = 1e-3
 # Every contestant runs that long before it is timed. The others have emptied the caches, and a last
-# level that takes what the others drop (AMD's) fills slowly: a 13 MB pass needs eight calls, of
-# 0.1 to 0.3 ms, until it runs at its own speed.
-SETTLE_SECONDS = 4e-3
+# level that takes what the others drop (AMD's) fills slowly: passes over 13 MB need eight calls, of
+# 0.1 to 0.6 ms, until they run at their own speed, those over 19 MB up to twenty.
+SETTLE_SECONDS = 8e-3
 # Times that long are not the work of one hiccup.
 HICCUP = 20
 # Idle threads of the libraries' pools spin for a while before they sleep; the next contestant

@@ -93,8 +93,8 @@ def gradient(g, xmu, affine, slopes):
 @inline
 def put_pair(io, i, count, g, xmu, affine, slopes, streaming):
     """Store `count` lanes of the gradients."""
-    ask_target(io.grad_residual, i, io.target_ahead)
-    ask_target(io.grad_input, i, io.target_ahead)
+    ask_target(io.grad_residual, i, io.target_ahead, streaming)
+    ask_target(io.grad_input, i, io.target_ahead, streaming)
     put(io.grad_residual, i, count, g, streaming)
     put(io.grad_input, i, count, gradient(g, xmu, affine, slopes), streaming)
 

@@ -74,7 +74,7 @@ def ask_ahead(source, i, ahead):
 
 
 @inline
-def ask_target(target, i, ahead):
+def ask_target(target, i, ahead, streaming):
     """The same for what is written, which a processor fetches first.
 
     To be read, as it were: what asks for lines to be written takes them to L1 (measured, 6.4 MB
@@ -82,8 +82,9 @@ def ask_target(target, i, ahead):
     without; with that other instruction, 0.95).
     """
     if target is not None:  # noqa: SIM102 - see `head_of`
-        if ahead is not None:
-            prefetch(target, i + ahead)
+        if ahead is not None:  # noqa: SIM102
+            if not streaming:
+                prefetch(target, i + ahead)
 
 
 @inline
@@ -98,7 +99,7 @@ def normalized(io, i, affine):
 def put_normalized(io, i, bit, value, floor, streaming):
     """Store 16 lanes, and number `bit` of the bits."""
     note_bits(io.bits, bit, value)
-    ask_target(io.out, i, io.target_ahead)
+    ask_target(io.out, i, io.target_ahead, streaming)
     put(io.out, i, LANES, clip_below(value, floor), streaming)
 
 
