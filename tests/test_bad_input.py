@@ -3,10 +3,12 @@
 Every message must name the argument, say what was expected and what came.
 """
 
+import numba
 import numpy as np
 import pytest
 from bad_values import ERRORS, NOT_FLOATS, CudaArray, assert_unchanged, message_names, snapshot
 from grid import MODES
+from numba.extending import intrinsic
 from support import ARRANGEMENTS, channels_last, problem
 
 import numbabn
@@ -232,6 +234,43 @@ def test_out_that_overlaps_an_input(of, offset, training):
         shared[...] = p.options["residual"]
         p.options["residual"] = shared
     assert_forward_fails(p, "out", of, out=memory[offset:].reshape(SHAPE))
+
+
+@intrinsic
+def _pointer(typingctx, address):
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return numba.types.voidptr(numba.types.intp), codegen
+
+
+@numba.njit
+def foreign(address, size):
+    """Bytes in memory that the array neither owns nor knows an owner of, as `carray` makes it."""
+    return numba.carray(_pointer(address), (size,), np.uint8)
+
+
+@MODES
+@pytest.mark.parametrize("shape", [SHAPE, (40, 32, 7, 11)], ids=["small", "large"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_out_over_the_memory_of_an_input_that_nobody_is_known_to_own(dtype, shape, training):
+    p = problem(shape, dtype, training=training)
+    size = p.x.size
+    memory = np.zeros(2 * size + 100, dtype)
+
+    def at(offset):
+        array = foreign(memory.ctypes.data + offset * memory.itemsize, memory.itemsize * size)
+        assert array.base is None
+        array.dtype, array.shape = dtype, shape  # in place: a view would have a base
+        return array
+
+    expected, given = p.forward()[0], p.x
+    p.x = at(0)
+    p.x[...] = given
+    np.testing.assert_array_equal(p.forward(out=at(size + 100))[0], expected)
+    assert_forward_fails(p, "out", "x", out=at(100), functions=["forward"])
+    saved = p.forward()[1]
+    assert_backward_fails(p, "out", "x", out=at(size - 1), saved=saved)
 
 
 @MODES

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from numbabn.cpu.lane_sums import sum_sixteen, sum_sixteen_of_pairs, sum_two
 from numbabn.cpu.memory import (
     aligned,
     load,
@@ -32,10 +33,6 @@ from numbabn.cpu.vector import (
     LANES,
     blend,
     fma,
-    halve_2,
-    halve_4,
-    halve_8,
-    halve_16,
     is_double,
     narrow_like,
     positive_bits,
@@ -316,40 +313,6 @@ def wide_sums(x, C, L, c, n0, n1, l0, l1, center):
             squares = fma(d, d, squares)
             i += LANES
     return sum_lanes(total), sum_lanes(squares)
-
-
-@inline
-def sum_two(lanes, step):
-    return halve_16(load(lanes, 0), load(lanes, step))
-
-
-@inline
-def sum_four(lanes, step):
-    return halve_8(sum_two(lanes, step), sum_two(offset(lanes, 2 * step), step))
-
-
-@inline
-def sum_sixteen_of_pairs(lanes):
-    """The other half of `sum_sixteen`: of eight vectors, in which two each are halved already."""
-    return halve_2(sum_eight_of_pairs(lanes), sum_eight_of_pairs(offset(lanes, 4 * LANES)))
-
-
-@inline
-def sum_eight_of_pairs(lanes):
-    first, second = load(lanes, 0), load(lanes, LANES)
-    third, fourth = load(lanes, 2 * LANES), load(lanes, 3 * LANES)
-    return halve_4(halve_8(first, second), halve_8(third, fourth))
-
-
-@inline
-def sum_eight(lanes, step):
-    return halve_4(sum_four(lanes, step), sum_four(offset(lanes, 4 * step), step))
-
-
-@inline
-def sum_sixteen(lanes, step):
-    """`sum_lanes` of sixteen vectors, which begin `step` numbers after each other."""
-    return halve_2(sum_eight(lanes, step), sum_eight(offset(lanes, 8 * step), step))
 
 
 @inline

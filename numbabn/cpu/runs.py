@@ -153,7 +153,7 @@ def along_columns(numbers_at: Any, head_of: Any, put_part: Any, read: Any, write
                 put_part(io, i, bit, j, numbers_at(columns, 0), how)
             if in_cache and not streaming and m + 2 <= m1:
                 if j > 0:
-                    put_part(io, i + K, bit, j, numbers_at(columns, 0), how)
+                    put_part(io, i + K, bit + row_bits, j, numbers_at(columns, 0), how)
                 while j + LANES <= width:
                     numbers = numbers_at(columns, j)
                     first = read(io, i + j, bit, numbers, how)
