@@ -26,7 +26,7 @@ from numbabn.cpu.memory import follows_sequences, load, offset, put, store, valu
 from numbabn.cpu.normalization import Columns, affine_at, lead_of, spread_round
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reduction_columns import ahead_of, fold_all, rows_ahead
-from numbabn.cpu.runs import along_columns, fits_cache
+from numbabn.cpu.runs import along_columns, asks_for_targets
 from numbabn.cpu.vector import LANES, blend, fma, splat64, widen
 
 
@@ -313,10 +313,8 @@ def column_grad_sums(
     short = values_in(io.x, SHORT_ROW) >= K
     rivals = K % values_in(io.x, RIVALS) == 0
     in_turn = streaming and width == K and K <= MOST_IN_TURN and (writes(io) or not short)
-    at_once = in_turn or not writes(io)
-    near = streaming or fits_cache(io.x, ahead.stop * K)
-    if near and not rivals:
-        at_once = True
+    ask_targets = asks_for_targets(io.x, ahead.stop * K, streaming)
+    at_once = in_turn or not writes(io) or not (ask_targets or rivals)
     tall, reach = grad_strip(width, rivals, ahead), ahead.elements
     if not in_turn:
         reach = rows_ahead(ahead, width, tall) * K
@@ -337,7 +335,7 @@ def column_grad_sums(
                 only_read(io, hint), K, m, end, k0, lead, width, False, tall, columns, relu, False,
                 sums, products, few,
             )  # fmt: skip
-            target_hint = 0 if near else hint
+            target_hint = hint if ask_targets else 0
             gradient_rows(
                 with_hints(io, None, target_hint), K, m, end, k0, lead, width, known, relu, False,
                 streaming,

@@ -93,6 +93,12 @@ def fits_cache(source, size):
     return size <= values_in(source, MOST_IN_CACHE)
 
 
+@inline
+def asks_for_targets(source, size, streaming):
+    """Whether hints go before what is written to arrays of so many values, see `ask_target`."""
+    return not streaming and not fits_cache(source, size)
+
+
 def along_columns(numbers_at: Any, head_of: Any, put_part: Any, read: Any, write: Any) -> Any:
     """The walk along rows of columns, of a pass that is given by five functions.
 

@@ -40,7 +40,7 @@ from numbabn.cpu.normalization import (
 from numbabn.cpu.options import inline, kernel
 from numbabn.cpu.reduction_columns import Ahead
 from numbabn.cpu.reduction_planes import PLANE_FEW, PLANE_WORK, plane_scratch, reach_of
-from numbabn.cpu.runs import fits_cache
+from numbabn.cpu.runs import asks_for_targets, fits_cache
 from numbabn.cpu.serial_forward import add_carefully
 from numbabn.cpu.vector import LANES, splat64
 
@@ -70,7 +70,7 @@ def backward_sums_planes(
     work = np.empty(PLANE_WORK + LANES)
     few = empty_like_computed(io.x, PLANE_FEW + LANES)
     each = partials.chunks if finish else 1
-    ask_targets = not streaming and not fits_cache(io.x, N * C * L)
+    ask_targets = asks_for_targets(io.x, N * C * L, streaming)
     for item in range(start * each, stop * each):
         k = item % partials.chunks
         c0 = (item // partials.chunks) * group
@@ -238,7 +238,7 @@ def backward_planes(
     work = np.empty(PLANE_WORK + LANES)
     few = empty_like_computed(io.x, PLANE_FEW + LANES)
     row_bits = (L + LANES - 1) // LANES
-    ask_targets = not streaming and not fits_cache(io.x, N * C * L)
+    ask_targets = asks_for_targets(io.x, N * C * L, streaming)
     for c0 in range(start, stop, group):
         c1 = min(stop, c0 + group)
         reach = reach_of(ahead, N, C * L, (c1 - c0) * L)

@@ -44,7 +44,7 @@ from numbabn.cpu.reduction_planes import (
     plane_scratch,
     reach_of,
 )
-from numbabn.cpu.runs import fits_cache
+from numbabn.cpu.runs import asks_for_targets, fits_cache
 from numbabn.cpu.vector import LANES, splat64
 
 # fmt: off
@@ -285,7 +285,7 @@ def forward_planes(
     work = np.empty(PLANE_WORK + LANES)
     few = empty_like_computed(io.x, PLANE_FEW + LANES)
     row_bits = (L + LANES - 1) // LANES
-    ask_targets = not streaming and not fits_cache(io.x, N * C * L)
+    ask_targets = asks_for_targets(io.x, N * C * L, streaming)
     for c0 in range(start, stop, group):
         c1 = min(stop, c0 + group)
         reach = reach_of(ahead, N, C * L, (c1 - c0) * L)
