@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import numbabn
+from numbabn.cpu import caches, schedule
 
 numbabn.set_num_threads(min(2, numba.config.NUMBA_NUM_THREADS))
 
@@ -33,6 +34,22 @@ def set_threads():
     before = numbabn.get_num_threads()
     yield numbabn.set_num_threads
     numbabn.set_num_threads(before)
+
+
+@pytest.fixture
+def on_machine(monkeypatch):
+    """Have plans made for other caches than this machine's."""
+
+    def use(found):
+        monkeypatch.setattr(schedule, "caches", lambda: found)
+        monkeypatch.setattr(caches, "caches", lambda: found)
+        caches._last_cache.cache_clear()
+        schedule.forget_plans()
+
+    yield use
+    monkeypatch.undo()
+    caches._last_cache.cache_clear()
+    schedule.forget_plans()
 
 
 @pytest.fixture

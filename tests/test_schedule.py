@@ -5,7 +5,7 @@ import pytest
 from support import same_bits
 
 import numbabn
-from numbabn.cpu import caches, launch, schedule
+from numbabn.cpu import launch, schedule
 from numbabn.cpu.caches import Caches
 from numbabn.layout import View
 
@@ -18,22 +18,6 @@ MACHINES = {
     "no caches": Caches(16 * KIB, 64 * KIB, 4),
     "all in cache": Caches(1 << 40, 1 << 50, 1),
 }
-
-
-@pytest.fixture
-def on_machine(monkeypatch):
-    """Have plans made for other caches than this machine's."""
-
-    def use(found):
-        monkeypatch.setattr(schedule, "caches", lambda: found)
-        monkeypatch.setattr(caches, "caches", lambda: found)
-        caches._last_cache.cache_clear()
-        schedule.forget_plans()
-
-    yield use
-    monkeypatch.undo()
-    caches._last_cache.cache_clear()
-    schedule.forget_plans()
 
 
 def group_of(N, C, L, itemsize=4):
