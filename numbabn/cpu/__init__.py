@@ -118,7 +118,7 @@ def forward_train(
     if not plan.forward_items:
         if not plan.repeats:
             partials = np.empty((plan.chunks, FORWARD_FIELDS, view.C))
-            sizes = (*plan.stats_sizes, *plan.element_sizes[-2:])
+            sizes = (plan.stats_sizes, plan.element_sizes)
             arrays = (x, residual, bits, out)
             if launch.run_meeting(
                 "forward_meeting_", plan, *arrays, *sizes, *channels, partials, floor, streaming
@@ -203,7 +203,7 @@ def backward_train(
     if not plan.backward_items:
         if not plan.repeats:
             numbers = np.empty((plan.chunks, BACKWARD_FIELDS, view.C))
-            sizes = (*plan.sums_sizes, *plan.element_sizes[-2:])
+            sizes = (plan.sums_sizes, plan.element_sizes)
             rest = (table, numbers, sums, slopes, relu, streaming)
             if launch.run_meeting("backward_meeting_", plan, *arrays, *sizes, *rest):
                 return sums

@@ -85,7 +85,7 @@ def run(name: str, plan: Plan, items: int, *arguments: Any) -> None:
     """Run kernel `name` over its items, on several threads if there are several of both."""
     alone, shared = _forms(name, plan.name)
     parts = min(plan.threads, items)
-    if parts == 1 or not _run_shared(shared, *arguments, items, parts):
+    if parts == 1 or not _run_shared(shared, items, parts, *arguments):
         alone(*arguments, 0, items)
 
 
@@ -97,7 +97,7 @@ def run_meeting(name: str, plan: Plan, *arguments: Any) -> bool:
     if plan.threads == 1 or plan.name != "columns":
         return False
     kernel = getattr(parallel, name + plan.name)
-    return _run_shared(kernel, *arguments, plan.chunk_items, plan.element_items, plan.threads)
+    return _run_shared(kernel, plan.chunk_items, plan.element_items, plan.threads, *arguments)
 
 
 @cache

@@ -2,6 +2,9 @@
 
 Each part is one contiguous range, so that a thread stays in its own stretch of memory. Which
 thread does what never changes a result: sums are cut into chunks by `schedule`, not here.
+
+Arguments are the number of items, that of parts, and all that the kernel of that name in `serial`
+takes before its range. (Numba compiles such a list of arguments as if it were written out.)
 """
 
 import numpy as np
@@ -10,159 +13,83 @@ from numba import prange
 from numbabn.cpu import serial
 from numbabn.cpu.options import function, parallel_kernel
 
-# fmt: off
-
 
 @function
 def share(items, parts, part):
-    """Where `part` begins."""
-    return items * np.int64(part) // parts
+    """The range of items that `part` has."""
+    return items * np.int64(part) // parts, items * np.int64(part + 1) // parts
 
 
 @parallel_kernel
-def stats_planes(x, N, C, L, rows, segment, group, ahead, partials, items, parts):
+def stats_planes(items, parts, *arguments):
     for part in prange(parts):
-        serial.stats_planes(
-            x, N, C, L, rows, segment, group, ahead, partials, share(items, parts, part),
-            share(items, parts, part + 1),
-        )
+        serial.stats_planes(*arguments, *share(items, parts, part))
 
 
 @parallel_kernel
-def stats_columns(x, M, C, L, rows, block, ahead, partials, items, parts):
+def stats_columns(items, parts, *arguments):
     for part in prange(parts):
-        serial.stats_columns(
-            x, M, C, L, rows, block, ahead, partials, share(items, parts, part),
-            share(items, parts, part + 1),
-        )
+        serial.stats_columns(*arguments, *share(items, parts, part))
 
 
 @parallel_kernel
-def normalize_planes(
-    x, residual, bits, out, C, L, segment, weight, bias, running_mean, running_var, eps, table,
-    floor, streaming, items, parts,
-):
+def normalize_planes(items, parts, *arguments):
     for part in prange(parts):
-        serial.normalize_planes(
-            x, residual, bits, out, C, L, segment, weight, bias, running_mean,
-            running_var, eps, table, floor, streaming, share(items, parts, part),
-            share(items, parts, part + 1),
-        )
+        serial.normalize_planes(*arguments, *share(items, parts, part))
 
 
 @parallel_kernel
-def normalize_columns(
-    x, residual, bits, out, M, C, L, rows, block, weight, bias, running_mean, running_var, eps,
-    table, floor, streaming, items, parts,
-):
+def normalize_columns(items, parts, *arguments):
     for part in prange(parts):
-        serial.normalize_columns(
-            x, residual, bits, out, M, C, L, rows, block, weight, bias, running_mean,
-            running_var, eps, table, floor, streaming, share(items, parts, part),
-            share(items, parts, part + 1),
-        )
+        serial.normalize_columns(*arguments, *share(items, parts, part))
 
 
 @parallel_kernel
-def forward_planes(
-    x, residual, bits, out, N, C, L, rows, segment, chunks, group, ahead, elements_ahead,
-    weight, bias, running_mean, running_var, momentum, eps, table, floor, streaming, items, parts,
-):
+def forward_planes(items, parts, *arguments):
     for part in prange(parts):
-        serial.forward_planes(
-            x, residual, bits, out, N, C, L, rows, segment, chunks, group, ahead,
-            elements_ahead, weight, bias, running_mean, running_var, momentum, eps, table, floor,
-            streaming, share(items, parts, part), share(items, parts, part + 1),
-        )
+        serial.forward_planes(*arguments, *share(items, parts, part))
 
 
 @parallel_kernel
-def forward_columns(
-    x, residual, bits, out, M, C, L, rows, block, chunks, ahead, weight, bias, running_mean,
-    running_var, momentum, eps, table, floor, streaming, items, parts,
-):
+def forward_columns(items, parts, *arguments):
     for part in prange(parts):
-        serial.forward_columns(
-            x, residual, bits, out, M, C, L, rows, block, chunks, ahead, weight, bias, running_mean,
-            running_var, momentum, eps, table, floor, streaming, share(items, parts, part),
-            share(items, parts, part + 1),
-        )
+        serial.forward_columns(*arguments, *share(items, parts, part))
 
 
 @parallel_kernel
-def backward_sums_planes(
-    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, group, ahead, table,
-    partials, sums, finish, relu, streaming, items, parts,
-):
+def backward_sums_planes(items, parts, *arguments):
     for part in prange(parts):
-        serial.backward_sums_planes(
-            grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, group, ahead,
-            table, partials, sums, finish, relu, streaming, share(items, parts, part),
-            share(items, parts, part + 1),
-        )
+        serial.backward_sums_planes(*arguments, *share(items, parts, part))
 
 
 @parallel_kernel
-def backward_sums_columns(
-    grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, ahead, table, partials,
-    sums, finish, relu, streaming, items, parts,
-):
+def backward_sums_columns(items, parts, *arguments):
     for part in prange(parts):
-        serial.backward_sums_columns(
-            grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, ahead, table,
-            partials, sums, finish, relu, streaming, share(items, parts, part),
-            share(items, parts, part + 1),
-        )
+        serial.backward_sums_columns(*arguments, *share(items, parts, part))
 
 
 @parallel_kernel
-def backward_elements_planes(
-    grad_output, x, bits, grad_input, grad_residual, C, L, segment, table, slopes, relu, streaming,
-    items, parts,
-):
+def backward_elements_planes(items, parts, *arguments):
     for part in prange(parts):
-        serial.backward_elements_planes(
-            grad_output, x, bits, grad_input, grad_residual, C, L, segment, table, slopes, relu,
-            streaming, share(items, parts, part), share(items, parts, part + 1),
-        )
+        serial.backward_elements_planes(*arguments, *share(items, parts, part))
 
 
 @parallel_kernel
-def backward_elements_columns(
-    grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, table, slopes, relu,
-    streaming, items, parts,
-):
+def backward_elements_columns(items, parts, *arguments):
     for part in prange(parts):
-        serial.backward_elements_columns(
-            grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, table, slopes,
-            relu, streaming, share(items, parts, part), share(items, parts, part + 1),
-        )
+        serial.backward_elements_columns(*arguments, *share(items, parts, part))
 
 
 @parallel_kernel
-def backward_planes(
-    grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks, group, ahead,
-    elements_ahead, table, sums, slopes, relu, streaming, items, parts,
-):
+def backward_planes(items, parts, *arguments):
     for part in prange(parts):
-        serial.backward_planes(
-            grad_output, x, bits, grad_input, grad_residual, N, C, L, rows, segment, chunks,
-            group, ahead, elements_ahead, table, sums, slopes, relu, streaming,
-            share(items, parts, part), share(items, parts, part + 1),
-        )
+        serial.backward_planes(*arguments, *share(items, parts, part))
 
 
 @parallel_kernel
-def backward_columns(
-    grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, chunks, ahead, table,
-    sums, slopes, relu, streaming, items, parts,
-):
+def backward_columns(items, parts, *arguments):
     for part in prange(parts):
-        serial.backward_columns(
-            grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, chunks, ahead,
-            table, sums, slopes, relu, streaming, share(items, parts, part),
-            share(items, parts, part + 1),
-        )
+        serial.backward_columns(*arguments, *share(items, parts, part))
 
 
 # --- both passes of training in one ---------------------------------------------------------------
@@ -172,39 +99,33 @@ def backward_columns(
 
 @parallel_kernel
 def forward_meeting_columns(
-    x, residual, bits, out, M, C, L, rows, block, ahead, tall, wide, weight, bias, running_mean,
-    running_var, momentum, eps, table, partials, floor, streaming, chunk_items, items, parts,
-):
+    chunk_items, items, parts, x, residual, bits, out, stats_sizes, element_sizes, weight, bias,
+    running_mean, running_var, momentum, eps, table, partials, floor, streaming,
+):  # fmt: skip
     for part in prange(parts):
-        serial.stats_columns(
-            x, M, C, L, rows, block, ahead, partials, share(chunk_items, parts, part),
-            share(chunk_items, parts, part + 1),
-        )
-    serial.finish_stats(
-        x, partials, weight, bias, running_mean, running_var, momentum, eps, table
-    )
+        serial.stats_columns(x, *stats_sizes, partials, *share(chunk_items, parts, part))
+    serial.finish_stats(x, partials, weight, bias, running_mean, running_var, momentum, eps, table)
     none = weight[:0]
     for part in prange(parts):
         serial.normalize_columns(
-            x, residual, bits, out, M, C, L, tall, wide, none, none, none, none, eps, table, floor,
-            streaming, share(items, parts, part), share(items, parts, part + 1),
-        )
+            x, residual, bits, out, *element_sizes, none, none, none, none, eps, table, floor,
+            streaming, *share(items, parts, part),
+        )  # fmt: skip
 
 
 @parallel_kernel
 def backward_meeting_columns(
-    grad_output, x, bits, grad_input, grad_residual, M, C, L, rows, block, ahead, tall, wide,
-    table, partials, sums, slopes, relu, streaming, chunk_items, items, parts,
-):
+    chunk_items, items, parts, grad_output, x, bits, grad_input, grad_residual, sums_sizes,
+    element_sizes, table, partials, sums, slopes, relu, streaming,
+):  # fmt: skip
     for part in prange(parts):
         serial.backward_sums_columns(
-            grad_output, x, bits, None, None, M, C, L, rows, block, ahead, table, partials, sums,
-            False, relu, streaming, share(chunk_items, parts, part),
-            share(chunk_items, parts, part + 1),
-        )
+            grad_output, x, bits, None, None, *sums_sizes, table, partials, sums, False, relu,
+            streaming, *share(chunk_items, parts, part),
+        )  # fmt: skip
     serial.finish_sums(x, partials, table, sums, slopes)
     for part in prange(parts):
         serial.backward_elements_columns(
-            grad_output, x, bits, grad_input, grad_residual, M, C, L, tall, wide, table, slopes,
-            relu, streaming, share(items, parts, part), share(items, parts, part + 1),
-        )
+            grad_output, x, bits, grad_input, grad_residual, *element_sizes, table, slopes, relu,
+            streaming, *share(items, parts, part),
+        )  # fmt: skip
