@@ -1,5 +1,7 @@
 """The backward pass over planes; see `gradients`, and `runs` for how elements are gone through."""
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from numbabn.cpu.boundaries import elements_past_boundary
@@ -24,11 +26,11 @@ from numbabn.cpu.reduction_planes import (
     fold,
     go_together,
     in_pairs,
-    keep_sums,
     kept,
     reach_from,
 )
 from numbabn.cpu.runs import along_planes, along_rows
+from numbabn.cpu.short_planes import along_short_planes, keep_sums
 from numbabn.cpu.vector import LANES, blend, fma, splat64, splat_like, widen
 
 
@@ -74,55 +76,64 @@ def add_part(io, i, K, bit, count, affine, relu):
     return g + g1, fma(g1, xhat1, g * xhat)
 
 
-@function
-def add_short_grads(io, i, K, L, channels, lane, table, C, c, relu, streaming, few):
-    """Sum planes of L elements from i on, of channels c:c+channels, into `few`.
+class Differentiated(NamedTuple):
+    """What sums of the backward pass are made of: arrays, and the table of C channels from c on."""
 
-    The two sums are those of g and of ``g * (x - MEAN) * UNIT``, gone through as in
-    `add_short_planes`. Stores what eval mode knows.
-    """
-    zero = splat_like(io.x, 0.0)
-    turn = i + L
-    total, products = zero, zero
-    if lane > 0:
-        reading = only_read(io, None)
-        affine = affine_of(io.x, table, C, c)
-        part, part_products = add_vector(reading, i - lane, K, 0, affine, relu, False, zero, zero)
-        total, products = blend(lane, zero, part), blend(lane, zero, part_products)
-        # Only now, as what is written may be what was read.
-        gradient_part(io, i, 0, LANES - lane, affine, None, relu)
-        if K is not None:
-            gradient_part(io, i + K, 0, LANES - lane, affine, None, relu)
-        i += LANES - lane
-    for j in range(channels):
-        affine = affine_of(io.x, table, C, c + j)
-        if K is None:
-            while i + 4 * LANES <= turn:
-                four, four_products = add_four(io, i, 0, affine, relu, streaming)
-                total = total + four
-                products = products + four_products
-                i += 4 * LANES
-        while i + LANES <= turn:
-            total, products = add_vector(io, i, K, 0, affine, relu, streaming, total, products)
-            i += LANES
-        rest = turn - i
-        next_total, next_products = zero, zero
-        if rest > 0:
-            if j + 1 < channels:
-                mixed = blend_affine(rest, affine, affine_of(io.x, table, C, c + j + 1))
-                part, part_products = add_vector(io, i, K, 0, mixed, relu, streaming, zero, zero)
-                total = total + blend(rest, part, zero)
-                products = products + blend(rest, part_products, zero)
-                next_total = blend(rest, zero, part)
-                next_products = blend(rest, zero, part_products)
-                i += LANES
-            else:
-                part, part_products = add_part(io, i, K, 0, rest, affine, relu)
-                total = total + part
-                products = products + part_products
-        keep_sums(few, j, total, products)
-        total, products = next_total, next_products
-        turn += L
+    io: Any
+    table: Any
+    C: Any
+    c: Any
+    relu: Any
+    streaming: Any
+
+
+@inline
+def affine_from(data, j):
+    return affine_of(data.io.x, data.table, data.C, data.c + j)
+
+
+@inline
+def add_first(data, i, K, lane, affine, total, products):
+    """Add the vector whose first elements lie before x[i], and are not stored."""
+    io, relu, reading = data.io, data.relu, only_read(data.io, None)
+    sums = add_vector(reading, i - lane, K, 0, affine, relu, False, total, products)
+    # Only now, as what is written may be what was read.
+    gradient_part(io, i, 0, LANES - lane, affine, None, relu)
+    if K is not None:
+        gradient_part(io, i + K, 0, LANES - lane, affine, None, relu)
+    return sums
+
+
+@inline
+def add_one(data, i, K, affine, total, products):
+    return add_vector(data.io, i, K, 0, affine, data.relu, data.streaming, total, products)
+
+
+@inline
+def add_whole(data, i, K, turn, affine, total, products):
+    """Add whole vectors of a plane that ends at `turn`; returns how far they go as well."""
+    if K is None:
+        while i + 4 * LANES <= turn:
+            four, four_products = add_four(data.io, i, 0, affine, data.relu, data.streaming)
+            total = total + four
+            products = products + four_products
+            i += 4 * LANES
+    while i + LANES <= turn:
+        total, products = add_one(data, i, K, affine, total, products)
+        i += LANES
+    return i, total, products
+
+
+@inline
+def add_last(data, i, K, count, affine, total, products):
+    part, part_products = add_part(data.io, i, K, 0, count, affine, data.relu)
+    return total + part, products + part_products
+
+
+# The two sums are those of g and of ``g * (x - MEAN) * UNIT``; stores what eval mode knows.
+add_short_grads = along_short_planes(
+    affine_from, blend_affine, add_first, add_whole, add_one, add_last
+)
 
 
 @function
@@ -157,7 +168,8 @@ def add_row_grads(io, C, L, c, c1, n, l0, l1, table, relu, streaming, fresh, scr
     row = n * C + c
     if together(io, L, l0, l1):
         few, lane = offset(scratch.few, at * 2 * LANES), (c * L) % LANES
-        add_short_grads(io, row * L, None, L, c1 - c, lane, table, C, c, relu, streaming, few)
+        data = Differentiated(io, table, C, c, relu, streaming)
+        add_short_grads(data, row * L, None, L, c1 - c, lane, few)
     else:
         row_bits = (L + LANES - 1) // LANES
         for j in range(c1 - c):
@@ -172,10 +184,11 @@ def add_pair_grads(io, C, L, c0, c1, n, table, relu, streaming, apart, few):
     K = C * L
     i, lane = (n * C + c0) * L, (c0 * L) % LANES
     if not apart:
-        add_short_grads(io, i, K, L, c1 - c0, lane, table, C, c0, relu, streaming, few)
+        data = Differentiated(io, table, C, c0, relu, streaming)
+        add_short_grads(data, i, K, L, c1 - c0, lane, few)
     else:
-        reading = only_read(io, io.ahead)
-        add_short_grads(reading, i, K, L, c1 - c0, lane, table, C, c0, relu, False, few)
+        reading = Differentiated(only_read(io, io.ahead), table, C, c0, relu, False)
+        add_short_grads(reading, i, K, L, c1 - c0, lane, few)
         storing = with_hints(io, None, None)
         for row in range(2):
             first = i + row * K

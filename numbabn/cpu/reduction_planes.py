@@ -29,6 +29,7 @@ from numbabn.cpu.reductions import (
     exact_lanes,
     put_chunk,
 )
+from numbabn.cpu.short_planes import along_short_planes, keep_sums
 from numbabn.cpu.vector import (
     LANES,
     blend,
@@ -120,13 +121,6 @@ def kept(lanes, fresh):
 
 
 @inline
-def keep_sums(lanes, j, total, squares):
-    """Put those of channel j there, or into `few`."""
-    store(lanes, j * 2 * LANES, total)
-    store(lanes, (2 * j + 1) * LANES, squares)
-
-
-@inline
 def fold(scratch, fresh):
     """Add what `few` holds of 16 channels to `work`; that begins with nothing if `fresh`.
 
@@ -202,57 +196,59 @@ def singles_before(i, turn, K):
     return turn
 
 
-@function
-def add_short_planes(x, i, K, L, channels, lane, centers, ahead, few):
-    """Sum planes of L elements from x[i] on, one of each channel, into `few`.
+class Centered(NamedTuple):
+    """Pointers to x and to the channels' centers; elements `ahead` are asked for, unless 0."""
 
-    The two sums are those of ``d = x - center`` and of ``d * d``, in 16 lanes each. The first plane
-    begins in the middle of a vector if `lane` is not 0. Unless K is None, the planes of the next
-    row, K elements on, are added with them.
+    x: Any
+    centers: Any
+    ahead: Any
+
+
+@inline
+def center_at(data, j):
+    """Channel j's center, in all lanes.
+
+    Looked up anew for each plane, not kept from the last: then LLVM knows that lanes are equal.
     """
-    zero = splat_like(x, 0.0)
-    turn = i + L
-    total, squares = zero, zero
-    if lane > 0:
-        both, both_squares = add_vector(x, i - lane, K, splat_like(x, centers[0]), zero, zero)
-        total, squares = blend(lane, zero, both), blend(lane, zero, both_squares)
-        i += LANES - lane
-    for j in range(channels):
-        # Looked up anew, not kept from the last turn: then LLVM knows that its lanes are equal.
-        center = splat_like(x, centers[j])
-        singles = singles_before(i, turn, K)
-        while i + LANES <= singles:
-            ask_planes(x, i, K, ahead)
-            total, squares = add_vector(x, i, K, center, total, squares)
-            i += LANES
-        if K is None:  # noqa: SIM102 - see `head_of`
-            if singles < turn:  # one chain of roundings less than if these came first
-                ask_eight(x, i, LANES, ahead)
-                eight, eight_squares = add_eight(x, i, LANES, LANES, center, None)
-                total = total + eight
-                squares = squares + eight_squares
-                i += 8 * LANES
-        rest = turn - i
-        next_total, next_squares = zero, zero
-        if rest > 0:
-            if j + 1 < channels:
-                ask_planes(x, i, K, ahead)
-                # Added up apart from what there is, so that lanes can be told apart, and so at
-                # the end, which is the same to the last bit.
-                mixed = blend(rest, center, splat_like(x, centers[j + 1]))
-                part, part_squares = add_vector(x, i, K, mixed, zero, zero)
-                total = total + blend(rest, part, zero)
-                squares = squares + blend(rest, part_squares, zero)
-                next_total = blend(rest, zero, part)
-                next_squares = blend(rest, zero, part_squares)
-                i += LANES
-            else:
-                part, part_squares = add_part(x, i, K, rest, center, zero, zero)
-                total = total + part
-                squares = squares + part_squares
-        keep_sums(few, j, total, squares)
-        total, squares = next_total, next_squares
-        turn += L
+    return splat_like(data.x, data.centers[j])
+
+
+@inline
+def add_first(data, i, K, lane, center, total, squares):
+    """Add the vector whose first elements lie before x[i]."""
+    return add_vector(data.x, i - lane, K, center, total, squares)
+
+
+@inline
+def add_one(data, i, K, center, total, squares):
+    ask_planes(data.x, i, K, data.ahead)
+    return add_vector(data.x, i, K, center, total, squares)
+
+
+@inline
+def add_whole(data, i, K, turn, center, total, squares):
+    """Add whole vectors of a plane that ends at `turn`; returns how far they go as well."""
+    singles = singles_before(i, turn, K)
+    while i + LANES <= singles:
+        total, squares = add_one(data, i, K, center, total, squares)
+        i += LANES
+    if K is None:  # noqa: SIM102 - see `head_of`
+        if singles < turn:  # one chain of roundings less than if these came first
+            ask_eight(data.x, i, LANES, data.ahead)
+            eight, eight_squares = add_eight(data.x, i, LANES, LANES, center, None)
+            total = total + eight
+            squares = squares + eight_squares
+            i += 8 * LANES
+    return i, total, squares
+
+
+@inline
+def add_last(data, i, K, count, center, total, squares):
+    return add_part(data.x, i, K, count, center, total, squares)
+
+
+# The two sums are those of ``d = x - center`` and of ``d * d``.
+add_short_planes = along_short_planes(center_at, blend, add_first, add_whole, add_one, add_last)
 
 
 @function
@@ -284,12 +280,12 @@ def plane_sums(x, C, L, c0, c1, n0, n1, l0, l1, centers, reach, scratch):
     while n < n1:
         i, ahead, fresh = (n * C + c0) * L, reach_from(reach, n), n == n0
         if together:
-            lane = (c0 * L) % LANES
+            lane, data = (c0 * L) % LANES, Centered(x, centers, ahead)
             if in_pairs(L) and n + 2 <= n1:
-                add_short_planes(x, i, C * L, L, c1 - c0, lane, centers, ahead, scratch.few)
+                add_short_planes(data, i, C * L, L, c1 - c0, lane, scratch.few)
                 n += 1
             else:
-                add_short_planes(x, i, None, L, c1 - c0, lane, centers, ahead, scratch.few)
+                add_short_planes(data, i, None, L, c1 - c0, lane, scratch.few)
             fold(scratch, fresh)
         else:
             for j in range(c1 - c0):
