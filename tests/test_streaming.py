@@ -3,6 +3,7 @@
 They want addresses on boundaries, which `schedule` asks of large arrays only; here of all.
 """
 
+import numba
 import numpy as np
 import pytest
 from support import as_dtype, same_bits
@@ -10,6 +11,9 @@ from support import as_dtype, same_bits
 import numbabn
 from numbabn import layout
 from numbabn.cpu import caches, launch, schedule, serial
+from numbabn.cpu.boundaries import PAGE, step_between
+from numbabn.cpu.memory import pointer
+from numbabn.cpu.vector import LANES
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 # Planes that are columns to sums (4×4, 5×5), planes that are summed in pairs of rows and a last row
@@ -34,17 +38,21 @@ SHAPES = {
 
 
 def place(shape, dtype, past):
-    """An uninitialised array that begins `past` elements after a multiple of 64 bytes."""
+    """An uninitialised array that begins `past` elements after a page does."""
     nbytes = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(nbytes + 128, np.uint8)
-    at = -raw.ctypes.data % 64 + past * dtype.itemsize
+    raw = np.empty(nbytes + 2 * PAGE, np.uint8)
+    at = -raw.ctypes.data % PAGE + past * dtype.itemsize
     return raw[at : at + nbytes].view(dtype).reshape(shape)
 
 
-def results(shape, axis, dtype, past, options):
-    """Outputs of the four passes into arrays that begin `past` elements after a boundary."""
+def results(shape, axis, dtype, past, after, options):
+    """Outputs of the four passes, given arrays that begin `past` elements after a page does.
+
+    What is written begins `after` elements further on than what is read.
+    """
     rng = np.random.default_rng(1)
-    x, dy, residual, out = (place(shape, dtype, past) for _ in range(4))
+    x, dy, residual = (place(shape, dtype, past) for _ in range(3))
+    out = place(shape, dtype, past + after)
     for array in (x, dy, residual):
         array[...] = rng.standard_normal(shape).astype(dtype)
     C = shape[axis]
@@ -79,16 +87,35 @@ def test_outputs_that_begin_anywhere(monkeypatch, case, dtype, options):
     dtype = as_dtype(dtype)
     assert np.prod(shape) >= launch.PARALLEL_FROM["omp"]  # smaller ones have their own kernels
     first = []
-    for past in sorted({0, 1, 5, 16 // dtype.itemsize, 40 // dtype.itemsize}):
+    places = [(past, 0) for past in sorted({0, 1, 5, 16 // dtype.itemsize, 40 // dtype.itemsize})]
+    # Rows are gone through backwards for these.
+    places += [(0, 64 // dtype.itemsize), (1, 16 // dtype.itemsize)]
+    for past, after in places:
         ordinary, streamed = [], []
         for limit, found in ((1 << 60, ordinary), (0, streamed)):
             monkeypatch.setattr(caches, "_last_cache", lambda limit=limit: limit)
             schedule.forget_plans()
-            found += results(shape, axis, dtype, past, dict(options))
+            found += results(shape, axis, dtype, past, after, dict(options))
         first = first or ordinary
         for a, b, c in zip(first, ordinary, streamed, strict=True):
             assert same_bits(a, b)
             assert same_bits(a, c)
+
+
+@numba.njit
+def step_of(target, first, second):
+    return step_between(pointer(target), pointer(first), pointer(second))
+
+
+def test_the_way_through_rows_follows_from_where_they_lie():
+    at = {past: place((64,), np.dtype(np.float32), past) for past in (0, 1, 16, 32, 33, 512, 1024)}
+    upwards = [(0, 0, None), (0, 1, None), (512, 0, None), (1024, 0, 0), (33, 0, None)]
+    upwards += [(16, 0, 32)]  # held up either way
+    upwards += [(None, 0, None)]
+    downwards = [(1, 0, None), (32, 0, None), (16, 512, 0), (16, 0, 512), (16, 0, 1)]
+    for places, step in [(p, LANES) for p in upwards] + [(p, -LANES) for p in downwards]:
+        arrays = (None if past is None else at[past] for past in places)
+        assert step_of(*arrays) == step, places
 
 
 @pytest.mark.parametrize("past", [1, 4, 15])

@@ -320,7 +320,7 @@ def plane_grad_chunk(
     The chunk is rows n0:n1, columns l0:l1. Stores what eval mode knows; with hints if
     `ask_targets`.
     """
-    apart = streaming and not rows_aligned(io, L)
+    apart = streaming and (io.step < 0 or not rows_aligned(io, L))
     folded = together(io, L, l0, l1)
     n = n0
     while n < n1:

@@ -13,7 +13,8 @@ vectors at a time are summed as they are, then in float64. Then
 
 from typing import Any, NamedTuple
 
-from numbabn.cpu.memory import load, load_first, put
+from numbabn.cpu.boundaries import step_between
+from numbabn.cpu.memory import load, load_first, pointer, put
 from numbabn.cpu.normalization import ask_ahead, ask_target, head_of
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.vector import LANES, fma, keep, positive_bits, splat_like
@@ -24,7 +25,8 @@ class Backward(NamedTuple):
 
     Each vector of x and grad_output is read together with a hint that those `ahead` elements on
     will be, and each of the gradients written together with one for those `target_ahead` on, unless
-    these are None (or 0, of what is read).
+    these are None (or 0, of what is read). A row's whole vectors are gone through by `step`, which
+    may be negative; but not where they are summed.
     """
 
     grad_output: Any
@@ -34,6 +36,7 @@ class Backward(NamedTuple):
     grad_residual: Any
     ahead: Any
     target_ahead: Any
+    step: Any
 
 
 class Slopes(NamedTuple):
@@ -45,15 +48,26 @@ class Slopes(NamedTuple):
 
 
 @inline
+def backward_io(grad_output, x, bits, grad_input, grad_residual, ahead):
+    """Of these arrays."""
+    grad_output, x, bits = pointer(grad_output), pointer(x), pointer(bits)
+    grad_input, grad_residual = pointer(grad_input), pointer(grad_residual)
+    step = min(
+        step_between(grad_input, grad_output, x), step_between(grad_residual, grad_output, x)
+    )
+    return Backward(grad_output, x, bits, grad_input, grad_residual, ahead, None, step)
+
+
+@inline
 def with_hints(io, ahead, target_ahead):
     return Backward(
-        io.grad_output, io.x, io.bits, io.grad_input, io.grad_residual, ahead, target_ahead
+        io.grad_output, io.x, io.bits, io.grad_input, io.grad_residual, ahead, target_ahead, io.step
     )
 
 
 @inline
 def only_read(io, ahead):
-    return Backward(io.grad_output, io.x, io.bits, None, None, ahead, None)
+    return Backward(io.grad_output, io.x, io.bits, None, None, ahead, None, io.step)
 
 
 @inline

@@ -11,7 +11,7 @@ up to the first (with `bits`, which fix where vectors begin, rows must begin on 
 
 from typing import Any, NamedTuple
 
-from numbabn.cpu.boundaries import PAGE, elements_to_boundary, elements_to_page
+from numbabn.cpu.boundaries import PAGE, elements_to_boundary, elements_to_page, step_between
 from numbabn.cpu.channels import MEAN, SCALE, SHIFT, UNIT
 from numbabn.cpu.memory import (
     aligned,
@@ -19,6 +19,7 @@ from numbabn.cpu.memory import (
     load_first,
     load_upto,
     offset,
+    pointer,
     prefetch,
     put,
     store,
@@ -42,7 +43,7 @@ class Forward(NamedTuple):
 
     Each vector of x is read together with a hint that the one `ahead` elements on will be, and each
     of out written together with one for that `target_ahead` on, unless these are None (or 0, of
-    what is read).
+    what is read). A row's whole vectors are gone through by `step`, which may be negative.
     """
 
     x: Any
@@ -51,6 +52,24 @@ class Forward(NamedTuple):
     out: Any
     ahead: Any
     target_ahead: Any
+    step: Any
+
+
+@inline
+def forward_io(x, residual, bits, out, ahead):
+    """Of these arrays."""
+    x, residual, bits, out = pointer(x), pointer(residual), pointer(bits), pointer(out)
+    return Forward(x, residual, bits, out, ahead, None, step_between(out, x, residual))
+
+
+@inline
+def with_ahead(io, ahead):
+    return Forward(io.x, io.residual, io.bits, io.out, ahead, io.target_ahead, io.step)
+
+
+@inline
+def with_target_ahead(io, target_ahead):
+    return Forward(io.x, io.residual, io.bits, io.out, io.ahead, target_ahead, io.step)
 
 
 class Affine(NamedTuple):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from numbabn.cpu.boundaries import onward
 from numbabn.cpu.channels import (
     BACKWARD_FIELDS,
     INVSTD,
@@ -20,7 +21,7 @@ from numbabn.cpu.gradient_columns import (
     written,
 )
 from numbabn.cpu.gradient_planes import gradient_run, gradient_runs, plane_grad_chunk
-from numbabn.cpu.gradients import Backward, only_read, with_hints
+from numbabn.cpu.gradients import backward_io, only_read, with_hints
 from numbabn.cpu.memory import (
     empty_like_computed,
     if_needed,
@@ -37,7 +38,7 @@ from numbabn.cpu.normalization import (
     shift_of,
     spread_affine,
 )
-from numbabn.cpu.options import inline, kernel
+from numbabn.cpu.options import kernel
 from numbabn.cpu.reduction_columns import Ahead
 from numbabn.cpu.reduction_planes import PLANE_FEW, PLANE_WORK, plane_scratch, reach_of
 from numbabn.cpu.runs import asks_for_targets, fits_cache
@@ -46,14 +47,6 @@ from numbabn.cpu.vector import LANES, splat64
 
 # fmt: off
 # The long lists of arguments below are easier to compare when they are set like text.
-
-
-@inline
-def backward_io(grad_output, x, bits, grad_input, grad_residual, ahead):
-    return Backward(
-        pointer(grad_output), pointer(x), pointer(bits), pointer(grad_input),
-        pointer(grad_residual), ahead, None,
-    )
 
 
 @kernel
@@ -193,8 +186,8 @@ def backward_elements_columns(
     streaming, start, stop,
 ):
     """Training, given the sums: items start:stop of the grid (block of channels) × (rows)."""
-    ahead = if_needed(values_ahead(pointer(x)))
-    io = backward_io(grad_output, x, bits, grad_input, grad_residual, ahead)
+    io = backward_io(grad_output, x, bits, grad_input, grad_residual, None)
+    io = with_hints(io, if_needed(onward(io, values_ahead(io.x))), None)
     downs = (M + rows - 1) // rows
     space = room(block * L)
     buffer = empty_like_computed(io.x, COLUMN_ROWS * space + 2 * LANES)

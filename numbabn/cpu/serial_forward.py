@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from numbabn.cpu.boundaries import onward
 from numbabn.cpu.channels import (
     CENTER,
     COUNT,
@@ -23,9 +24,9 @@ from numbabn.cpu.chunks import chunk_of, keep_alive, partials_of, room
 from numbabn.cpu.memory import empty_like_computed, if_needed, pointer, values_ahead
 from numbabn.cpu.normalization import (
     COLUMN_ROWS,
-    Forward,
     aligned_after,
     columns_of,
+    forward_io,
     lead_of,
     normalize_rows,
     normalize_run,
@@ -34,6 +35,8 @@ from numbabn.cpu.normalization import (
     runs_on,
     shift_of,
     spread_affine,
+    with_ahead,
+    with_target_ahead,
 )
 from numbabn.cpu.options import inline, kernel
 from numbabn.cpu.reduction_columns import Ahead, centers_from, column_chunk
@@ -49,16 +52,6 @@ from numbabn.cpu.vector import LANES, splat64
 
 # fmt: off
 # The long lists of arguments below are easier to compare when they are set like text.
-
-
-@inline
-def forward_io(x, residual, bits, out, ahead):
-    return Forward(pointer(x), pointer(residual), pointer(bits), pointer(out), ahead, None)
-
-
-@inline
-def with_target_ahead(io, target_ahead):
-    return Forward(io.x, io.residual, io.bits, io.out, io.ahead, target_ahead)
 
 
 # --- statistics -------------------------------------------------------------------------------
@@ -231,7 +224,8 @@ def normalize_columns(
 ):
     """Items start:stop of the grid (block of channels) × (rows), a block's rows in turn."""
     known = running_mean.size == 0
-    io = forward_io(x, residual, bits, out, if_needed(values_ahead(pointer(x))))
+    io = forward_io(x, residual, bits, out, None)
+    io = with_ahead(io, if_needed(onward(io, values_ahead(io.x))))
     own_table = np.empty((TABLE_ROWS, 0 if known else block))
     channels = channels_of(weight, bias, running_mean, running_var, 0.0, eps, own_table)
     downs = (M + rows - 1) // rows
