@@ -23,7 +23,7 @@ from numbabn.cpu.gradients import (
     with_hints,
 )
 from numbabn.cpu.memory import follows_sequences, load, offset, put, store, values_in
-from numbabn.cpu.normalization import Columns, affine_at, lead_of, spread_round
+from numbabn.cpu.normalization import LONG_ROW, Columns, affine_at, lead_of, spread_round
 from numbabn.cpu.options import function, inline
 from numbabn.cpu.reduction_columns import ahead_of, fold_all, rows_ahead
 from numbabn.cpu.runs import along_columns, asks_for_targets
@@ -307,14 +307,17 @@ def column_grad_sums(
     Memory and large caches like to be read and written in one sequence, and rows whose lines are
     rivals have to be. So what is written comes row after row when a few were summed (measured, rows
     of 2 to 8 KiB: 0.65 to 1 of the time); or, of rows of up to `MOST_IN_TURN` columns from memory,
-    sums come in turn as well. Only the rest is written as it is summed.
+    sums come in turn as well, unless they are short and begin in the middle of a vector (`apart`).
+    Only the rest is written as it is summed.
     """
     lead = min(lead, width)
     short = values_in(io.x, SHORT_ROW) >= K
     rivals = K % values_in(io.x, RIVALS) == 0
+    apart = K < LONG_ROW and gradient_head(io, k0, k0 + K, streaming) > 0
     in_turn = streaming and width == K and K <= MOST_IN_TURN and (writes(io) or not short)
+    in_turn = in_turn and not apart
     ask_targets = asks_for_targets(io.x, ahead.stop * K, streaming)
-    at_once = in_turn or not writes(io) or not (ask_targets or rivals)
+    at_once = in_turn or not writes(io) or not (ask_targets or rivals or apart)
     tall, reach = grad_strip(width, rivals, ahead), ahead.elements
     if not in_turn:
         reach = rows_ahead(ahead, width, tall) * K

@@ -17,7 +17,6 @@ from numbabn.cpu.boundaries import PAGE
 from numbabn.cpu.caches import caches, in_memory, last_share
 from numbabn.cpu.launch import PARALLEL_FROM, threads_for
 from numbabn.cpu.memory import AHEAD
-from numbabn.cpu.normalization import LONG_ROW
 from numbabn.cpu.reduction_planes import LONG_PLANE
 from numbabn.layout import View
 
@@ -278,17 +277,14 @@ def streams_while_summed(
 ) -> bool:
     """`streams`, for what is stored in the backward pass that sums.
 
-    There it is often several rows of columns at a time. These have to lie alike, and short ones are
-    not worth beginning in the middle of a vector. Where nothing is written, it says whether columns
-    are read from memory.
+    There it is often several rows of columns at a time, which have to lie alike. Where nothing is
+    written, it says whether columns are read from memory.
     """
     if view.columns:
         if grad_input is None and grad_residual is None:
             return in_memory(2 * x.nbytes)
-        row = view.C * view.L
-        if row * x.itemsize % 64 != 0:
+        if view.C * view.L * x.itemsize % 64 != 0:
             return False
-        aligned_rows = aligned_rows or row < LONG_ROW
     return streams(view, x.nbytes, 2, aligned_rows, grad_input, grad_residual)
 
 

@@ -105,7 +105,7 @@ def backward_sums_columns(
         if c0 == c1:
             continue
         if c0 != spread_block:
-            lead = grad_lead(io, C * L, c0 * L, streaming)
+            lead = grad_lead(io, C * L, c0 * L, False)
             columns = columns_of(pointer(buffer), space, lead)
             spread_affine(pointer(table), C, c0, c1 - c0, L, columns)
             spread_block = c0
