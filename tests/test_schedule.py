@@ -43,6 +43,14 @@ def test_groups_stay_in_l2_where_many_cores_share_the_last_cache(on_machine):
     assert group_of(32, 64, 784) == 512 * KIB // (32 * 784 * 4)
 
 
+def test_the_next_channel_is_fetched_where_both_fit_the_last_cache(on_machine):
+    on_machine(Caches(512 * KIB, 8 * MIB, 2))
+    L = 12544
+    for N, forward, backward in ((32, L, 0), (16, L, L), (48, 0, 0)):
+        plan = schedule.plan(View(False, N, 64, L, None), 4, 2)
+        assert (plan.forward_sizes[-1], plan.backward_sizes[-1]) == (forward, backward)
+
+
 def test_columns_are_asked_for_ahead_where_they_outgrow_l2(on_machine):
     on_machine(MACHINES["few cores"])
 
