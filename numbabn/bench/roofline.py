@@ -46,7 +46,7 @@ def _serial(first, second, out, vectors, streaming):
 @parallel_kernel
 def _parallel(first, second, out, vectors, streaming, parts):
     for part in prange(parts):
-        begin, end = share(vectors, parts, part), share(vectors, parts, part + 1)
+        begin, end = share(vectors, parts, part)
         _move(pointer(first), pointer(second), pointer(out), begin, end, streaming)
 
 
