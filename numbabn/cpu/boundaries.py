@@ -101,10 +101,9 @@ def step_between(target, first, second):
     Backwards where only that keeps reads from being held up. Arrays that were allocated one after
     the other often lie so: each a little further in its page than the last.
     """
-    if holds_up(target, first) or holds_up(target, second):  # noqa: SIM102
-        if not (holds_up(first, target) or holds_up(second, target)):
-            return -LANES
-    return LANES
+    up_waits = holds_up(target, first) or holds_up(target, second)
+    down_waits = holds_up(first, target) or holds_up(second, target)
+    return -LANES if up_waits and not down_waits else LANES
 
 
 @inline

@@ -64,7 +64,7 @@ def writes(io):
 @inline
 def grad_lead(io, K, k0, streaming):
     """`lead_of`, for what is `written`."""
-    return lead_of(written(io), io.bits, K, k0, streaming and writes(io))
+    return lead_of(written(io), io.bits, K, k0, streaming)
 
 
 @inline
@@ -314,8 +314,7 @@ def column_grad_sums(
     short = values_in(io.x, SHORT_ROW) >= K
     rivals = K % values_in(io.x, RIVALS) == 0
     apart = K < LONG_ROW and gradient_head(io, k0, k0 + K, streaming) > 0
-    in_turn = streaming and width == K and K <= MOST_IN_TURN and (writes(io) or not short)
-    in_turn = in_turn and not apart
+    in_turn = streaming and not apart and width == K <= MOST_IN_TURN and (writes(io) or not short)
     ask_targets = asks_for_targets(io.x, ahead.stop * K, streaming)
     at_once = in_turn or not writes(io) or not (ask_targets or rivals or apart)
     tall, reach = grad_strip(width, rivals, ahead), ahead.elements
