@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from numbabn import checks, layout
 from numbabn.backends import cpu, device
-from numbabn.calls import check_target, known, laid_out, lies_apart, matches
+from numbabn.calls import check_target, known, laid_out, matches
 from numbabn.layout import View
 
 Array = NDArray[Any]
@@ -168,20 +168,11 @@ def batch_norm_backward(
         and (out is None or matches(out, grad_output))
     ):
         return _backward_checked(grad_output, saved, wanted, out, stream)
-    small = found.small
-    if small is not None and small.backward and wanted[0] and not saved.has_residual:
-        grad_input = found.empty() if out is None else out
-        sums = np.empty(small.sums_shape, saved.sums_dtype)
-        done = small.backward(
-            layout.flatten(grad_output), saved.x, layout.flatten(grad_input), out is grad_output,
-            saved.training, saved.table, sums, saved.relu, small.sizes,
-        )  # fmt: skip
-        if done:
-            return (grad_input, *_of_sums(sums, saved, wanted))
+    sharing = cpu().APART if out is not grad_output else cpu().IN_PLACE
+    grads = _backward(grad_output, grad_output, saved, found.ways, wanted, out, sharing)
+    if grads is None:
         return _backward_checked(grad_output, saved, wanted, out, stream)
-    if out is not None and not lies_apart(out, grad_output, out is grad_output, [saved.x]):
-        return _backward_checked(grad_output, saved, wanted, out, stream)
-    return _backward(grad_output, grad_output, saved, wanted, out)
+    return grads
 
 
 def _backward_checked(
@@ -202,13 +193,17 @@ def _backward_checked(
     if out is not None:
         checks.same_or_no_overlap("out", layout.flatten(out), {"x": saved.x})
         checks.same_or_no_overlap("out", out, {"grad_output": dense_grad})
-    return _backward(given, dense_grad, saved, needs, out)
+    ways = cpu().ways_of(saved.view, saved.x.itemsize)
+    done = _backward(given, dense_grad, saved, ways, needs, out, cpu().CHECKED)
+    assert done is not None
+    return done
 
 
 def _backward(
-    given: Array, dense_grad: Array, saved: Saved, needs: tuple[bool, bool, bool],
-    out: Array | None,
-) -> tuple[Any, ...]:  # fmt: skip
+    given: Array, dense_grad: Array, saved: Saved, ways: Any, needs: tuple[bool, bool, bool],
+    out: Array | None, sharing: int,
+) -> tuple[Any, ...] | None:  # fmt: skip
+    """The gradients; None if nothing was written, as memory is shared that must not be."""
     want_input, want_weight, want_bias = needs
     view, table, bits, relu = saved.view, saved.table, saved.bits, saved.relu
     dy, x = layout.flatten_input(dense_grad), saved.x
@@ -222,18 +217,28 @@ def _backward(
             grad_residual = layout.empty(view, saved.shape, saved.dtype)
             dres = layout.flatten(grad_residual)
     if dx is not None and saved.training:
-        sums = cpu().backward_train(dy, x, bits, dx, dres, view, table, relu, saved.sums_dtype)
+        sums = cpu().backward_train(
+            dy, x, bits, dx, dres, sharing, ways, table, relu, saved.sums_dtype
+        )
+        if sums is None:
+            return None
     elif dx is not None and not (want_weight or want_bias or relu):
         # dx = dy * scale: x is not even read
+        if sharing != cpu().CHECKED and np.may_share_memory(dx, x):
+            return None
         plain = cpu().known_table(dy, np.zeros(view.C), table[3], np.empty(0), np.empty(0))
-        cpu().normalize(dy, None, None, dx, view, plain, relu=False)
+        if not cpu().normalize(dy, None, None, dx, ways, plain, False, sharing):
+            return None
     elif dx is None and dres is None and not want_weight and not relu:
         if want_bias:  # the sum of dy alone: x is not even read
-            mean, _ = cpu().stats(dy, view)
+            mean, _ = cpu().stats(dy, ways)
             sums = np.stack([mean * view.per_channel, mean])
     elif dx is not None or dres is not None or want_weight or want_bias:
-        sums = cpu().backward_eval(dy, x, bits, dx, dres, view, table, relu, saved.sums_dtype)
-
+        sums = cpu().backward_eval(
+            dy, x, bits, dx, dres, sharing, ways, table, relu, saved.sums_dtype
+        )
+        if sums is None:
+            return None
     grad_weight, grad_bias = _of_sums(sums, saved, needs)
     grads = (grad_input, grad_weight, grad_bias)
     return (*grads, grad_residual) if saved.has_residual else grads

@@ -157,7 +157,7 @@ class Known:
     """What is remembered of inputs of one shape, strides, dtype and channel axis."""
 
     __slots__ = (
-        "axis", "channels_dtype", "channels_shape", "dtype", "pooled", "shape", "small", "view"
+        "axis", "channels_dtype", "channels_shape", "dtype", "pooled", "shape", "view", "ways"
     )  # fmt: skip
 
     def __init__(self, x: Array, axis: int, view: View):
@@ -167,7 +167,7 @@ class Known:
         self.dtype = x.dtype
         self.channels_dtype = _FLOAT64 if x.dtype == _FLOAT64 else _FLOAT32
         self.channels_shape = (view.C,)
-        self.small = cpu().passes(view, x.itemsize)
+        self.ways = cpu().ways_of(view, x.itemsize)
         self.pooled = view.order is not None or x.nbytes >= pool.SMALLEST
 
     def empty(self) -> Array:
@@ -236,21 +236,13 @@ def small_eval(
     return y if done else None
 
 
-class Quick(NamedTuple):
-    """What `quick_forward` found: what is known of x, its channels, and whose memory these are."""
-
-    known: Known
-    channels: list[Array]
-    owned: bool  # each array of channels owns its memory
-
-
 def quick_forward(
     x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, training: Any,
     momentum: Any, eps: Any, channel_axis: Any, out: Any,
-) -> Quick | None:  # fmt: skip
-    """What there is to know of a call if there is nothing to convert.
+) -> tuple[Known, list[Array]] | None:  # fmt: skip
+    """What is known of x, and its channels, if there is nothing to convert.
 
-    Nor anything wrong, but that `out` may share memory with the others: see `lies_apart`.
+    Nor anything wrong, but that arrays may share memory, which kernels look at.
     """
     found = known(x, channel_axis)
     if found is None or not (
@@ -262,7 +254,7 @@ def quick_forward(
         return None
     # Anew each time: a dtype, a shape and a write flag can all change in place.
     dtype, shape = found.channels_dtype, found.channels_shape
-    channels, owned = [], True
+    channels = []
     for array in (weight, bias, running_mean, running_var):
         if array is None:
             channels.append(NOTHING[dtype])
@@ -270,66 +262,27 @@ def quick_forward(
             type(array) is np.ndarray
             and array.dtype is dtype
             and array.shape == shape
-            and (flags := array.flags).carray
+            and array.flags.carray
         ):
             channels.append(array)
-            owned = owned and flags.owndata
         else:
             return None
     if training:
         if found.view.per_channel == 1:
             return None
-        if running_mean is not None and running_var is not None:
-            apart = owned or not np.may_share_memory(running_mean, running_var)
-            if running_mean is running_var or not apart:
-                return None
     elif running_mean is None or running_var is None:
         return None
     if out is not None and not matches(out, x):
         return None
-    return Quick(found, channels, owned)
+    return found, channels
 
 
 def matches(out: Any, x: Array) -> bool:
     """Whether `out` is writable, and laid out like x."""
-    return (
+    return out is x or (
         type(out) is np.ndarray
         and out.shape == x.shape
         and out.strides == x.strides
         and out.dtype is x.dtype
         and out.flags.behaved
     )
-
-
-def _owner(array: Array) -> Array | None:
-    """The array that owns the memory of this one, if that is known."""
-    if array.flags.owndata:  # no base is not enough: memory may be somebody else's all the same
-        return array
-    base = array.base
-    return base if type(base) is np.ndarray and base.flags.owndata else None
-
-
-def _is_another(array: Array, owner: Array) -> bool:
-    """Whether the array's memory surely is not that of `owner`."""
-    own = _owner(array)
-    return own is not None and own is not owner
-
-
-def lies_apart(out: Array, x: Array, same: bool, others: list[Array], owned: bool = False) -> bool:
-    """Whether `out` shares no memory with the others, nor with x, unless it is the `same`.
-
-    All are dense, and the others at most four, each of which owns its memory if `owned`.
-    """
-    owner = _owner(out)
-    if owner is not None and (same or _is_another(x, owner)):
-        for array in others:
-            if array is owner or not (owned or _is_another(array, owner)):
-                break
-        else:
-            return True
-    if out.itemsize == 2:  # a kernel more would cost more than this does
-        return (same or not np.may_share_memory(out, x)) and not any(
-            np.may_share_memory(out, other) for other in others
-        )
-    others = others + others[:1] * (4 - len(others))
-    return bool(cpu().lies_apart(layout.flatten(out), layout.flatten(x), same, *others))

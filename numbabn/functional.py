@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,8 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from numbabn import checks, layout
 from numbabn.backends import cpu, device
 from numbabn.backward import Saved
-from numbabn.calls import Call, Quick, check_forward, lies_apart, quick_forward, small_eval
-from numbabn.layout import View
+from numbabn.calls import Call, check_forward, quick_forward, small_eval
 
 Array = NDArray[Any]
 
@@ -42,47 +40,43 @@ def _result(call: Call) -> Array:
 
 
 def _forward(
-    x: Array, y: Array, view: View, channels: Iterable[Array], training: bool, momentum: float,
-    eps: float, relu: bool, residual: Array | None = None, keep: bool = False,
-) -> tuple[Array, Array | None, Array | None]:  # fmt: skip
-    """Run the forward pass from x to y; (x's memory, table, bits), the latter two if to `keep`."""
-    flat, target = layout.flatten_input(x), layout.flatten(y)
-    added = None if residual is None else layout.flatten_input(residual)
-    bits = None
-    if keep and relu and residual is not None:
-        row = view.C * view.L if view.columns else view.L
-        bits = np.empty(x.size // row * -(-row // 16), np.uint16)
-    if training:
-        table = cpu().forward_train(flat, added, bits, target, view, *channels, momentum, eps, relu)
-    elif keep:
-        table = cpu().eval_table(flat, *channels, eps)
-        cpu().normalize(flat, added, bits, target, view, table, relu)
-    else:
-        table = None
-        cpu().forward_eval(flat, added, bits, target, view, *channels, eps, relu)
-    return flat, table, bits
-
-
-def _forward_known(
-    x: Array, quick: Quick, training: bool, momentum: float, eps: float, relu: bool,
-    out: Array | None, in_place: bool, keep: bool,
+    x: Array, y: Array, sharing: int, ways: Any, channels: Iterable[Array], training: bool,
+    momentum: float, eps: float, relu: bool, residual: Array | None, keep: bool,
 ) -> tuple[Array, Array, Array | None] | None:  # fmt: skip
-    """Result, x's memory and table of a call that `quick_forward` found; None if it is wrong."""
-    known, channels, owned = quick
-    y = known.empty() if out is None else out
-    same, small = in_place and out is x, known.small
-    if small is not None:
-        flat, table = layout.flatten(x), np.empty(small.table_shape)
-        weight, bias, mean, var = channels
-        done = small.forward(
-            flat, layout.flatten(y), same, weight, bias, mean, var, bool(training),
-            momentum, eps, table, 0.0 if relu else -math.inf, small.sizes,
-        )  # fmt: skip
-        return (y, flat, table) if done else None
-    if out is not None and not lies_apart(out, x, same, channels, owned):
-        return None
-    flat, kept, _ = _forward(x, y, known.view, channels, training, momentum, eps, relu, keep=keep)
-    return y, flat, kept
+    """Run the forward pass from x to y; (x's memory, table, bits), the latter two if to `keep`.
+
+    None if nothing was written, as memory is shared that must not be.
+    """
+    flat, target = layout.flatten_input(x), layout.flatten(y)
+    added = bits = None
+    if residual is not None:
+        added = layout.flatten_input(residual)
+        if keep and relu:
+            view = ways.view
+            row = view.C * view.L if view.columns else view.L
+            bits = np.empty(x.size // row * -(-row // 16), np.uint16)
+    if training:
+        table = cpu().forward_train(
+            flat, added, bits, target, sharing, ways, *channels, momentum, eps, relu
+        )
+    else:
+        table = cpu().forward_eval(
+            flat, added, bits, target, sharing, ways, *channels, eps, relu, keep
+        )
+    return None if table is None else (flat, table, bits)
+
+
+def _forward_checked(
+    call: Call, y: Array, training: bool, keep: bool
+) -> tuple[Array, Array, Array | None]:
+    """`_forward`, of a call in which nothing is wrong."""
+    ways = cpu().ways_of(call.view, call.x.itemsize)
+    done = _forward(
+        call.x, y, cpu().CHECKED, ways, call.channels, training, call.momentum, call.eps, call.relu,
+        call.residual, keep,
+    )  # fmt: skip
+    assert done is not None
+    return done
 
 
 def batch_norm(
@@ -173,10 +167,14 @@ def batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis, out
         )
         if quick is not None:
-            relu = activation is not None
-            done = _forward_known(x, quick, training, momentum, eps, relu, out, True, False)
+            known, channels = quick
+            y = known.empty() if out is None else out
+            done = _forward(
+                x, y, cpu().IN_PLACE if y is x else cpu().APART, known.ways, channels, training,
+                momentum, eps, activation is not None, None, False,
+            )  # fmt: skip
             if done is not None:
-                return done[0]
+                return y
     if checks.is_cuda(x):
         return device().batch_norm(
             x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
@@ -189,10 +187,7 @@ def batch_norm(
     y = _result(call)
     if call.x.size == 0:
         return y
-    _forward(
-        call.x, y, call.view, call.channels, training, call.momentum, call.eps, call.relu,
-        call.residual,
-    )  # fmt: skip
+    _forward_checked(call, y, training, False)
     if training:
         _write_back(call)
     return y
@@ -254,11 +249,13 @@ def batch_norm_forward(
             x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis, out
         )
         if quick is not None:
-            known, relu = quick.known, activation is not None
-            done = _forward_known(x, quick, training, momentum, eps, relu, out, False, True)
+            (known, channels), relu = quick, activation is not None
+            y = known.empty() if out is None else out
+            done = _forward(
+                x, y, cpu().APART, known.ways, channels, training, momentum, eps, relu, None, True
+            )
             if done is not None:
-                y, flat, table = done
-                assert table is not None
+                flat, table, _ = done
                 return y, Saved(
                     bool(training), known.shape, known.axis, known.dtype, known.channels_dtype,
                     known.view, flat, table, None, relu, False,
@@ -281,13 +278,9 @@ def batch_norm_forward(
         table, bits = np.zeros((cpu().TABLE_ROWS, call.view.C)), None
         flat = np.empty(0, x.dtype)
     else:
-        flat, table, bits = _forward(
-            x, y, call.view, call.channels, training, call.momentum, call.eps, call.relu,
-            call.residual, keep=True,
-        )  # fmt: skip
+        flat, table, bits = _forward_checked(call, y, training, True)
         if training:
             _write_back(call)
-    assert table is not None
     saved = Saved(
         bool(training), x.shape, call.axis, x.dtype, param_dtype, call.view, flat, table, bits,
         call.relu, has_residual,

@@ -79,9 +79,9 @@ def describe(
 def flatten(array: Array) -> Array:
     """A dense array's memory as a vector: float32, float64, int16 (float16), uint16 (bfloat16)."""
     flat = array.ravel("K")
-    if flat.itemsize == 2:
-        flat = flat.view(np.int16 if flat.dtype == np.float16 else np.uint16)
-    return flat
+    if flat.itemsize > 2:
+        return flat
+    return flat.view(np.int16 if flat.dtype == np.float16 else np.uint16)
 
 
 class _Alias:

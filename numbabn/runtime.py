@@ -149,10 +149,10 @@ def kernel_counts() -> tuple[int, int]:
     --------
     >>> compiled, loaded = kernel_counts()
     """
-    from numbabn.cpu import parallel, serial, small
+    from numbabn.cpu import passes, serial, small
 
     compiled = loaded = 0
-    for module in (serial, parallel, small):
+    for module in (serial, passes, small):
         for item in vars(module).values():
             stats = getattr(item, "stats", None)
             if stats is not None and stats.cache_path is not None:  # not a helper of kernels
@@ -190,8 +190,8 @@ def warmup(
     Notes
     -----
     What Numba compiles goes to its cache on disk (``NUMBA_CACHE_DIR``, or beside the package), so
-    that later processes on this machine only load it. Kernels for several threads are among it
-    unless ``NUMBA_NUM_THREADS`` is 1.
+    that later processes on this machine only load it. Kernels are the same for any number of
+    threads.
 
     Kernels fused with ReLU are the same ones. Those fused with a residual, and those for float32 or
     half-precision input with float64 parameters, are compiled when first used.
@@ -220,7 +220,7 @@ def warmup(
             x, mean, var = np.ones(shape, scalars[name]), np.zeros(C), np.ones(C)
             if name != "float64":
                 mean, var = mean.astype(np.float32), var.astype(np.float32)
-            for count in {threads, 1}:  # one thread has kernels of its own for large arrays, too
+            for count in {threads, 1}:  # they may go different ways
                 numba.set_num_threads(count)
                 _PASSES[what](x, mean, var)
     finally:

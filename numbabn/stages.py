@@ -74,7 +74,9 @@ def batch_norm_stats(x: Any, *, channel_axis: int = 1, stream: Any = None) -> St
     if x.size == 0:
         return Stats(0, np.zeros(C), np.zeros(C))
     x, view = dense(x, axis)
-    return Stats(view.per_channel, *cpu().stats(layout.flatten_input(x), view))
+    return Stats(
+        view.per_channel, *cpu().stats(layout.flatten_input(x), cpu().ways_of(view, x.itemsize))
+    )
 
 
 def normalize(
@@ -147,7 +149,9 @@ def normalize(
         added = layout.flatten_input(laid_out(residual, view))
     y = out if out is not None else layout.empty(view, x.shape, x.dtype)
     table = cpu().known_table(flat, np.zeros(C), np.ones(C), factor, term)
-    cpu().normalize(flat, added, None, layout.flatten(y), view, table, relu)
+    cpu().normalize(
+        flat, added, None, layout.flatten(y), cpu().ways_of(view, x.itemsize), table, relu
+    )
     return y
 
 
@@ -208,7 +212,8 @@ def batch_norm_backward_reduce(
     flat = layout.flatten_input(x)
     dy = layout.flatten_input(laid_out(grad_output, view))
     table = cpu().known_table(flat, mean, np.ones(C), np.empty(0), np.empty(0))
-    sums = cpu().backward_eval(dy, flat, None, None, None, view, table, relu=False)
+    ways, checked = cpu().ways_of(view, x.itemsize), cpu().CHECKED
+    sums = cpu().backward_eval(dy, flat, None, None, None, checked, ways, table, relu=False)
     return sums[0], sums[1]
 
 
@@ -301,5 +306,7 @@ def batch_norm_backward_elemt(
     slopes = cpu().slopes_from_sums(flat, count, total, product, table)
     grad_input = out if out is not None else layout.empty(view, x.shape, x.dtype)
     dx = layout.flatten(grad_input)
-    cpu().backward_elements(dy, flat, None, dx, None, view, table, slopes, relu=False)
+    cpu().backward_elements(
+        dy, flat, None, dx, None, cpu().ways_of(view, x.itemsize), table, slopes, relu=False
+    )
     return grad_input

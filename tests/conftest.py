@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import numbabn
-from numbabn.cpu import caches, schedule
+from numbabn.cpu import caches, schedule, ways
 
 numbabn.set_num_threads(min(2, numba.config.NUMBA_NUM_THREADS))
 
@@ -44,12 +44,12 @@ def on_machine(monkeypatch):
         monkeypatch.setattr(schedule, "caches", lambda: found)
         monkeypatch.setattr(caches, "caches", lambda: found)
         caches._last_cache.cache_clear()
-        schedule.forget_plans()
+        ways.forget_plans()
 
     yield use
     monkeypatch.undo()
     caches._last_cache.cache_clear()
-    schedule.forget_plans()
+    ways.forget_plans()
 
 
 @pytest.fixture

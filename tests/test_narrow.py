@@ -6,8 +6,8 @@ from grid import MODES
 from support import DTYPES, assert_close, check_backward, problem, same_bits
 
 import numbabn
-from numbabn import calls, cpu
-from numbabn.cpu import narrow, schedule
+from numbabn import calls
+from numbabn.cpu import narrow, ways
 from numbabn.layout import View
 
 # Rows that make whole vectors, or cannot, a prime number of rows, and columns of more than one.
@@ -25,15 +25,14 @@ SKIP = {"activation": "relu", "residual": True}
 
 @pytest.fixture
 def small_too(monkeypatch):
-    """Has small arrays go the way of large ones."""
+    """Has rows of small arrays taken as one, too."""
 
     def forget():
         narrow.rows_as_one.cache_clear()
-        schedule.forget_plans()
+        ways.forget_plans()
         calls._known.clear()
 
     monkeypatch.setattr(narrow, "NARROW_FROM", 0)
-    monkeypatch.setattr(cpu, "passes", lambda view, itemsize: None)
     forget()
     yield
     monkeypatch.undo()

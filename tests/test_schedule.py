@@ -80,7 +80,7 @@ def test_columns_are_asked_for_ahead_where_they_outgrow_l2(on_machine):
 )
 @pytest.mark.parametrize("options", [{}, {"activation": "relu"}], ids=["", "relu"])
 def test_caches_change_no_bit(on_machine, shape, axis, options):
-    assert np.prod(shape) >= launch.PARALLEL_FROM["omp"]  # smaller ones' plans are remembered
+    assert np.prod(shape) >= launch.PARALLEL_FROM["omp"]  # for several threads
     rng = np.random.default_rng(5)
     x, dy = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
     C = shape[axis]

@@ -1,4 +1,4 @@
-"""Small arrays go through a whole pass in one kernel: the results are those of the ordinary way."""
+"""The ordinary call takes a quick way: one kernel per pass, and the results of the checked way."""
 
 import numpy as np
 import pytest
@@ -6,29 +6,33 @@ from grid import MODES
 from support import as_dtype, same_bits
 
 import numbabn
-from numbabn import calls
-from numbabn.cpu import launch, schedule
+from numbabn import backward, calls, functional
+from numbabn.cpu import launch, schedule, ways
 from numbabn.cpu.caches import Caches
 
-SHAPES = [((2, 64), 1), ((4, 3, 160), 1), ((3, 16, 7, 7), 1), ((6, 5, 33), 2), ((2, 5, 3, 4), 0)]
+SHAPES = [
+    ((2, 64), 1), ((4, 3, 160), 1), ((3, 16, 7, 7), 1), ((6, 5, 33), 2), ((2, 5, 3, 4), 0),
+    ((2048, 64), 1), ((3, 64, 400), 1), ((2, 1, 40000), 1), ((1, 2048, 7, 7), 1),
+]  # fmt: skip
 
 
-class Counting:
-    """A call's kernels, counted."""
+@pytest.fixture
+def kernels(monkeypatch):
+    """The names of the kernels that are called, as they are."""
+    called = []
 
-    def __init__(self, monkeypatch, known):
-        self.count = 0
-        passes = known.small
-        assert passes is not None
-        counted = {name: self._count(getattr(passes, name)) for name in ("forward", "backward")}
-        monkeypatch.setattr(known, "small", passes._replace(**counted))
-
-    def _count(self, kernel):
+    def counting(kernel, threads):
         def run(*arguments):
-            self.count += 1
+            called.append(kernel.__name__)
             return kernel(*arguments)
 
         return run
+
+    monkeypatch.setattr(launch, "caller", counting)
+    ways.forget_plans()
+    yield called
+    monkeypatch.undo()
+    ways.forget_plans()
 
 
 def step(x, axis, training, relu, out):
@@ -52,36 +56,33 @@ def step(x, axis, training, relu, out):
 @MODES
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
-def test_one_kernel_does_what_many_do(shape, axis, dtype, training, relu, out, monkeypatch):
+def test_one_kernel_per_pass(shape, axis, dtype, training, relu, out, monkeypatch, kernels):
     x = np.random.default_rng(0).standard_normal(shape).astype(as_dtype(dtype))
-    known = calls.known(x, axis)
-    assert known is not None
-    kernels = Counting(monkeypatch, known)
-    small = step(x, axis, training, relu, out)
-    assert kernels.count == 2
-    monkeypatch.setattr(known, "small", None)
-    for one, other in zip(small, step(x, axis, training, relu, out), strict=True):
+    quick = step(x, axis, training, relu, out)
+    assert len(kernels) == 2, kernels
+    monkeypatch.setattr(functional, "quick_forward", lambda *arguments: None)
+    monkeypatch.setattr(backward, "known", lambda *arguments: None)
+    for one, other in zip(quick, step(x, axis, training, relu, out), strict=True):
         assert same_bits(one, other)
-    assert kernels.count == 2
+    assert kernels[:2] == kernels[2:]
 
 
-def test_only_small_arrays_go_that_way(monkeypatch, on_machine):
-    # Where L2 is smaller, it is what training of these arrays outgrows first, in two kernels.
+def test_small_arrays_are_for_one_thread(on_machine):
     on_machine(Caches(1 << 20, 32 << 20, 2))
-    monkeypatch.setattr(calls, "_known", {})
+    threads = min(2, numbabn.get_num_threads())
     # Rows are shared out later than planes, and than rows that have pages for each thread.
     for channels, axis, least in (
         (64, 1, schedule.SHARED_ROWS_FROM),
         (2048, 1, launch.PARALLEL_FROM["omp"]),
         (64, 0, launch.PARALLEL_FROM["omp"]),
     ):
-        for rows, expected in ((least // channels, False), (least // channels - 1, True)):
+        for rows, expected in ((least // channels, threads), (least // channels - 1, 1)):
             shape = (rows, channels) if axis == 1 else (channels, rows)
             known = calls.known(np.empty(shape, np.float32), axis)
-            assert (known.small is not None) == expected
+            assert known.ways.way("forward").threads == expected
     known = calls.known(np.empty((launch.PARALLEL_FROM["omp"] // 64, 64), np.float32), 1)
-    assert known.small is not None
-    assert known.small.backward is None
+    assert known.ways.way("forward").threads == 1
+    assert known.ways.way("backward").threads == threads
 
 
 @MODES

@@ -10,7 +10,7 @@ from support import as_dtype, same_bits
 
 import numbabn
 from numbabn import layout
-from numbabn.cpu import caches, launch, schedule, serial
+from numbabn.cpu import caches, launch, serial, ways
 from numbabn.cpu.boundaries import PAGE, step_between
 from numbabn.cpu.memory import pointer
 from numbabn.cpu.vector import LANES
@@ -75,7 +75,7 @@ def results(shape, axis, dtype, past, after, options):
 def plans_of_its_own():
     """Forget plans that were made for other caches than the machine's."""
     yield
-    schedule.forget_plans()
+    ways.forget_plans()
 
 
 @pytest.mark.parametrize("options", [{}, {"activation": "relu", "skip": True}], ids=["", "skip"])
@@ -85,7 +85,7 @@ def plans_of_its_own():
 def test_outputs_that_begin_anywhere(monkeypatch, case, dtype, options):
     shape, axis = SHAPES[case]
     dtype = as_dtype(dtype)
-    assert np.prod(shape) >= launch.PARALLEL_FROM["omp"]  # smaller ones have their own kernels
+    assert np.prod(shape) >= launch.PARALLEL_FROM["omp"]  # for several threads
     first = []
     places = [(past, 0) for past in sorted({0, 1, 5, 16 // dtype.itemsize, 40 // dtype.itemsize})]
     # Rows are gone through backwards for these.
@@ -94,7 +94,7 @@ def test_outputs_that_begin_anywhere(monkeypatch, case, dtype, options):
         ordinary, streamed = [], []
         for limit, found in ((1 << 60, ordinary), (0, streamed)):
             monkeypatch.setattr(caches, "_last_cache", lambda limit=limit: limit)
-            schedule.forget_plans()
+            ways.forget_plans()
             found += results(shape, axis, dtype, past, after, dict(options))
         first = first or ordinary
         for a, b, c in zip(first, ordinary, streamed, strict=True):

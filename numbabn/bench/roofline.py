@@ -11,23 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import numba
 import numpy as np
-from numba import prange
 
 from numbabn.bench.problem import Contestant, Problem
 from numbabn.cpu.memory import load, pointer, put
-from numbabn.cpu.options import function, kernel, parallel_kernel
-from numbabn.cpu.parallel import share
+from numbabn.cpu.options import function, kernel
+from numbabn.cpu.parallel import shared
 from numbabn.cpu.vector import LANES, fma, splat_like
 
 __all__ = ["probes"]
 
 
 @function
-def _move(first, second, out, begin, end, streaming):
+def _move(first, second, out, streaming, begin, end):
     """``out = 0.5 * first (+ 0.5 * second)`` from vector `begin` to `end`, all of them pointers."""
     half = splat_like(first, 0.5)
     for i in range(begin, end):
@@ -38,16 +36,12 @@ def _move(first, second, out, begin, end, streaming):
         put(out, i * LANES, LANES, value, streaming)
 
 
+_shared = shared(_move)
+
+
 @kernel
-def _serial(first, second, out, vectors, streaming):
-    _move(pointer(first), pointer(second), pointer(out), 0, vectors, streaming)
-
-
-@parallel_kernel
-def _parallel(first, second, out, vectors, streaming, parts):
-    for part in prange(parts):
-        begin, end = share(vectors, parts, part)
-        _move(pointer(first), pointer(second), pointer(out), begin, end, streaming)
+def _run(threads, first, second, out, vectors, streaming):
+    _shared(threads, vectors, pointer(first), pointer(second), pointer(out), streaming)
 
 
 def probes(given: Problem, pass_name: str, threads: int) -> Iterator[Contestant]:
@@ -67,10 +61,6 @@ def probes(given: Problem, pass_name: str, threads: int) -> Iterator[Contestant]
     first, second, out = (lines.view(kind) for lines in given.lines)
     added = second if pass_name.startswith("backward") else None
     for streaming in (False, True):
-        arguments: list[Any] = [first, added, out, first.size // LANES, streaming]
-        if threads == 1:
-            run = partial(_serial, *arguments)
-        else:
-            run = partial(_parallel, *arguments, np.int64(threads))
+        run = partial(_run, threads, first, added, out, first.size // LANES, streaming)
         prepare = partial(numba.set_num_threads, threads)
         yield Contestant("memory", pass_name, threads, run, prepare)

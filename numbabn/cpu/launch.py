@@ -1,4 +1,4 @@
-"""Who does the work: how many threads, by a kernel's form in `serial` or that in `parallel`."""
+"""How many threads do the work, and how they are called."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ import os
 import threading
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numba
 import numba.np.ufunc.parallel as numba_parallel
 
-from numbabn.cpu import parallel, serial
-
-if TYPE_CHECKING:
-    from numbabn.cpu.schedule import Plan
-
 # Values under which a second thread does not pay, per threading layer. An OpenMP or TBB region
-# costs 2 to 3 µs, and a small array's one kernel spares as much again (measured on two cores:
-# 50,000 values take 0.65 to 0.97 of the time in one); workqueue's costs 100 µs.
+# costs 2 to 3 µs, and what changes hands between cores as much again (measured on two of them:
+# 50,000 values take 0.65 to 0.97 of the time on one); workqueue's costs 100 µs.
 PARALLEL_FROM = {"omp": 1 << 16, "tbb": 1 << 16, "workqueue": 1 << 19}
 # Values that any further thread should have to itself, to be worth waking.
 EACH = 1 << 15
@@ -76,31 +71,6 @@ def _worth_while() -> int:
 
 
 @cache
-def _forms(name: str, kind: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    """A kernel for one thread, and the same for many."""
-    return getattr(serial, name + kind), getattr(parallel, name + kind)
-
-
-def run(name: str, plan: Plan, items: int, *arguments: Any) -> None:
-    """Run kernel `name` over its items, on several threads if there are several of both."""
-    alone, shared = _forms(name, plan.name)
-    parts = min(plan.threads, items)
-    if parts == 1 or not _run_shared(shared, items, parts, *arguments):
-        alone(*arguments, 0, items)
-
-
-def run_meeting(name: str, plan: Plan, *arguments: Any) -> bool:
-    """Run both passes of training, where one kernel does them and several threads may.
-
-    Returns whether it did: that saves two calls of kernels, and what goes with them.
-    """
-    if plan.threads == 1 or plan.name != "columns":
-        return False
-    kernel = getattr(parallel, name + plan.name)
-    return _run_shared(kernel, plan.chunk_items, plan.element_items, plan.threads, *arguments)
-
-
-@cache
 def _one_at_a_time() -> bool:
     """Whether the layer ends the process when two threads are in parallel kernels at once."""
     return layer() == "workqueue"
@@ -109,15 +79,20 @@ def _one_at_a_time() -> bool:
 _taking_turns = threading.Lock()
 
 
-def _run_shared(kernel: Callable[..., None], *arguments: Any) -> bool:
-    """Run a kernel of `parallel`, unless another is run and the layer allows for one only."""
-    if not _one_at_a_time():
-        kernel(*arguments)
-        return True
-    if not _taking_turns.acquire(blocking=False):
-        return False
-    try:
-        kernel(*arguments)
-    finally:
-        _taking_turns.release()
-    return True
+def _in_turn(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` on several threads, or on one while another kernel is run on several."""
+
+    def run(parts: int, *arguments: Any) -> Any:
+        if not _taking_turns.acquire(blocking=False):
+            return kernel(1, *arguments)
+        try:
+            return kernel(parts, *arguments)
+        finally:
+            _taking_turns.release()
+
+    return run
+
+
+def caller(kernel: Callable[..., Any], threads: int) -> Callable[..., Any]:
+    """What calls a kernel of `passes` on so many threads, as far as the layer allows for it."""
+    return _in_turn(kernel) if threads > 1 and _one_at_a_time() else kernel

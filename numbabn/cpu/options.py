@@ -72,15 +72,13 @@ def _plainly_typed(dispatcher: Any) -> Any:
 
 def _inner(**options: Any) -> Any:
     """Compile what only kernels call: without the ways in from Python and from C."""
-    compiler = njit(
-        error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True,
-        pipeline_class=_Compiler, **options,
-    )  # fmt: skip
+    compiler = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)
     return lambda python_function: _plainly_typed(compiler(python_function))
 
 
-function = _inner()
-inline = _inner(forceinline=True)  # for what is called once per vector
+function = _inner(pipeline_class=_Compiler)
+inline = _inner(pipeline_class=_Compiler, forceinline=True)  # for what is called once per vector
+parallel_function = _inner(parallel=True)  # Numba's own compiler knows of `prange`
 
 
 @cache
@@ -103,12 +101,6 @@ def _cached(dispatcher: Any) -> Any:
 
 
 def kernel(python_function: Any) -> Any:
-    """Compile for one thread."""
+    """Compile what Python calls."""
     options = {"error_model": "numpy", "cache": True, "nogil": True}
     return _cached(njit(pipeline_class=_Compiler, **options)(python_function))
-
-
-def parallel_kernel(python_function: Any) -> Any:
-    """Compile for many threads."""
-    options = {"error_model": "numpy", "cache": True, "nogil": True, "parallel": True}
-    return _cached(njit(**options)(python_function))

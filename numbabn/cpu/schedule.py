@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from numbabn.cpu import narrow
 from numbabn.cpu.boundaries import PAGE
 from numbabn.cpu.caches import caches, in_memory, last_share
-from numbabn.cpu.launch import PARALLEL_FROM, threads_for
+from numbabn.cpu.launch import PARALLEL_FROM
 from numbabn.cpu.memory import AHEAD
 from numbabn.cpu.reduction_planes import LONG_PLANE
 from numbabn.layout import View
@@ -78,7 +77,6 @@ class Plan(NamedTuple):
     backward_items: int
     element_sizes: tuple[int, ...]
     element_items: int
-    repeats: bool = False  # rows are taken as one, see `narrow`
 
 
 @lru_cache(4096)
@@ -274,49 +272,8 @@ def streams(
     return not aligned_rows or (addresses[0] == 0 and row % 64 == 0)
 
 
-def streams_while_summed(
-    view: View, x: Array, aligned_rows: bool, grad_input: Array | None, grad_residual: Array | None
-) -> bool:
-    """`streams`, for what is stored in the backward pass that sums.
-
-    There it is often several rows of columns at a time, which have to lie alike. Where nothing is
-    written, it says whether columns are read from memory.
-    """
-    if view.columns:
-        if grad_input is None and grad_residual is None:
-            return in_memory(2 * x.nbytes)
-        if view.C * view.L * x.itemsize % 64 != 0:
-            return False
-    return streams(view, x.nbytes, 2, aligned_rows, grad_input, grad_residual)
-
-
 def shared_from(view: View, itemsize: int, backward: bool) -> int:
     """How many values of arrays that lie like `view` are worth a second thread."""
     if view.columns and not backward and view.C * view.L * itemsize < 2 * PAGE:
         return SHARED_ROWS_FROM
     return PARALLEL_FROM["omp"]
-
-
-def plan_for(x: Array, view: View, backward: bool) -> Plan:
-    """The plan for going through x once, in either pass."""
-    return plan(view, x.itemsize, threads_for(x.size, shared_from(view, x.itemsize, backward)))
-
-
-def training_plan(x: Array, view: View, backward: bool) -> Plan:
-    """The plan for training on x."""
-    threads = threads_for(x.size, shared_from(view, x.itemsize, backward))
-    return _training_plan(view, x.itemsize, threads)
-
-
-@lru_cache(4096)
-def _training_plan(view: View, itemsize: int, threads: int) -> Plan:
-    found = plan(view, itemsize, threads)
-    if narrow.rows_as_one(view) > 1:  # sums of repeated channels have to be merged first
-        return found._replace(forward_items=0, backward_items=0, repeats=True)
-    return found
-
-
-def forget_plans() -> None:
-    """Make all plans anew, after what they follow from has changed."""
-    plan.cache_clear()
-    _training_plan.cache_clear()
