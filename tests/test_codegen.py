@@ -174,7 +174,8 @@ def spilling(asm):
 @pytest.fixture(scope="module")
 def assembly(tmp_path_factory):
     """``{"kernel dtype": [assembly of each version]}``; float16 is int16, bfloat16 uint16."""
-    return json.loads(run_script(COMPILE, NUMBA_CACHE_DIR=str(tmp_path_factory.mktemp("cache"))))
+    folder = str(tmp_path_factory.mktemp("cache"))
+    return json.loads(run_script(COMPILE, timeout=900, NUMBA_CACHE_DIR=folder))
 
 
 READING = ["stats"]

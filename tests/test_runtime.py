@@ -115,10 +115,10 @@ def test_every_kernel_comes_along(cache):
     # Which kernels a shape needs is decided by `schedule`; none may have become out of reach.
     folder, _ = cache
     script = """
-from numbabn.cpu import passes, serial, small
+from numbabn.cpu import passes, small
 import numbabn
 numbabn.warmup()
-for module in (passes, serial, small):
+for module in (passes, small):
     for name, item in vars(module).items():
         stats = getattr(item, "stats", None)
         if stats is not None and stats.cache_path and not item.signatures:
